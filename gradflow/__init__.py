@@ -1,0 +1,29 @@
+"""Gradient flow on shallow univariate ReLU classifiers, and the implicit bias of its limit.
+
+Importing gradflow changes no JAX setting. Late training needs float64: call
+`jax.config.update("jax_enable_x64", True)` before making arrays (the command line does).
+"""
+
+from gradflow.data import Dataset as Dataset
+from gradflow.distribution import Distribution as Distribution
+from gradflow.distribution import Histogram as Histogram
+from gradflow.distribution import TruncatedNormal as TruncatedNormal
+from gradflow.distribution import Uniform as Uniform
+from gradflow.flow import Flow as Flow
+from gradflow.flow import Path as Path
+from gradflow.flow import Status as Status
+from gradflow.flow import Until as Until
+from gradflow.flow import integrate as integrate
+from gradflow.loss import Exponential as Exponential
+from gradflow.loss import Logistic as Logistic
+from gradflow.loss import Loss as Loss
+from gradflow.network import ReluNetwork as ReluNetwork
+from gradflow.piecewise import Piecewise as Piecewise
+from gradflow.piecewise import knots as knots
+from gradflow.piecewise import linear_regions as linear_regions
+from gradflow.piecewise import sign_changes as sign_changes
+from gradflow.teacher import Teacher as Teacher
+from gradflow.teacher import max_switches as max_switches
+from gradflow.teacher import population_error as population_error
+
+__version__ = "0.1.0"
