@@ -134,12 +134,7 @@ class Histogram(Distribution):
 
     def __init__(self, edges, masses):
         edges, masses = jnp.asarray(edges, float), jnp.asarray(masses, float)
-        if (
-            edges.ndim != 1
-            or masses.ndim != 1
-            or edges.shape[0] != masses.shape[0] + 1
-            or masses.shape[0] == 0
-        ):
+        if edges.ndim != 1 or masses.ndim != 1 or edges.shape[0] != masses.shape[0] + 1 or masses.shape[0] == 0:
             raise ValueError(
                 f"{masses.shape[0] if masses.ndim else 0} masses need one more edges; "
                 f"got shapes {edges.shape} and {masses.shape}"

@@ -25,9 +25,7 @@ from gradflow.data import Dataset
 from gradflow.loss import Exponential, Loss
 from gradflow.network import ReluNetwork, is_concrete
 
-FLOAT32_LOG_LOSS = (
-    -50.0
-)  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
+FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
 
 
 class Status(eqx.Enumeration):
@@ -48,7 +46,9 @@ class Status(eqx.Enumeration):
         "The step size fell below rounding: a breakpoint sticks to a data point, or the tolerance is finer than the float "
         "dtype. Loosen `rtol` and `atol`, or use float64."
     )
-    non_finite = "The weights are not finite, at the start or after a step. Check the initialisation and the data's scale."
+    non_finite = (
+        "The weights are not finite, at the start or after a step. Check the initialisation and the data's scale."
+    )
 
 
 class Until(eqx.Module):
@@ -142,11 +142,7 @@ class Flow(eqx.Module):
     def __repr__(self) -> str:
         if not is_concrete(self.time) or self.time.ndim:
             return super().__repr__()
-        accuracy = (
-            "all points classified, for good"
-            if self.separated
-            else "not (yet) provably all points classified"
-        )
+        accuracy = "all points classified, for good" if self.separated else "not (yet) provably all points classified"
         return (
             f"Flow of {self.final.width} neurons: {Status[self.status]}\n"
             f"  {self._numbers()} ({self.rejected} rejected)\n"
@@ -201,26 +197,18 @@ class _Problem(eqx.Module):
             made_jump=False,
         )
         if error is None:
-            raise ValueError(
-                f"{type(self.solver).__name__} gives no error estimate; wrap it in diffrax.HalfSolver"
-            )
+            raise ValueError(f"{type(self.solver).__name__} gives no error estimate; wrap it in diffrax.HalfSolver")
         ratio = self._error_ratio(y, new, error)
         accept = ratio <= 1
-        order = self.solver.error_order(diffrax.ODETerm(self.field)) or self.solver.order(
-            diffrax.ODETerm(self.field)
-        )
+        order = self.solver.error_order(diffrax.ODETerm(self.field)) or self.solver.order(diffrax.ODETerm(self.field))
         factor = 0.9 * jnp.maximum(ratio, 1e-10) ** (-1 / order)
         # No growth straight after a rejection: the step that failed is still near.
         largest = jnp.where(accept & ~state.after_rejection, 5.0, jnp.where(accept, 1.0, 0.9)).astype(dtype)
-        keep = jax.tree.map(
-            lambda a, b: jnp.where(accept, a, b), (new, solver_state), (y, state.solver_state)
-        )
+        keep = jax.tree.map(lambda a, b: jnp.where(accept, a, b), (new, solver_state), (y, state.solver_state))
         (net, clock), solver_state = keep
         # A last step cut short by `until.time` says nothing against the longer one.
         following = step * jnp.clip(factor, 0.2, largest)
-        following = jnp.where(
-            accept, jnp.maximum(following, jnp.where(step < state.step, state.step, 0)), following
-        )
+        following = jnp.where(accept, jnp.maximum(following, jnp.where(step < state.step, state.step, 0)), following)
         state = _State(
             net,
             clock,
@@ -240,9 +228,7 @@ class _Problem(eqx.Module):
         The maximum, unlike the root mean square, does not dilute when dead or zero-padded neurons are added.
         """
         worst = jax.tree.map(
-            lambda e, a, b: jnp.max(
-                jnp.abs(e) / (self.atol + self.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)))
-            ),
+            lambda e, a, b: jnp.max(jnp.abs(e) / (self.atol + self.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)))),
             error,
             old,
             new,

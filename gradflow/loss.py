@@ -89,7 +89,7 @@ class Logistic(Loss):
         return -jax.nn.softplus(q)
 
     def inverse(self, log_value):
-        # q = −log(e^L − 1) = −L − log(1 − e^{−L}), which neither overflows nor cancels; it tends to −log L as L vanishes.
+        # q = −log(e^L − 1) = −L − log(1 − e^{−L}) neither overflows nor cancels; it tends to −log L as L vanishes.
         value = jnp.exp(log_value)
         tiny = value < jnp.finfo(value.dtype).eps
         return jnp.where(tiny, -log_value, -value - jnp.log(-jnp.expm1(-jnp.where(tiny, 1.0, value))))

@@ -74,9 +74,7 @@ class ReluNetwork(eqx.Module):
         return (hidden @ self.v).reshape(x.shape)
 
     @classmethod
-    def random(
-        cls, key: PRNGKeyArray, width: int = 64, scheme: str = "balanced", scale: float = 1.0, dtype=float
-    ):
+    def random(cls, key: PRNGKeyArray, width: int = 64, scheme: str = "balanced", scale: float = 1.0, dtype=float):
         """A random initialisation.
 
         **Arguments**

@@ -4,22 +4,23 @@
 
 *At most r + 1*: r breakpoints make r + 1 linear pieces, each with at most one sign change.
 
-*At most r − 1 for r ≤ 3*: with all neurons facing right (or all left), N vanishes before the first breakpoint and has no
-sign change on the piece after it, which leaves r − 1 pieces. r = 2, facing apart: if the active halves do not overlap, N
-has one sign change at most, between them; if they do, each outer piece belongs to one neuron and has none, which leaves
-the middle one. r = 3, one left-facing neuron c (t − x)₊ and two right-facing ones with breakpoints s₁ ≤ s₂ (mirrored for
-the other case): if t ≤ s₁, no sign change lies left of the gap [t, s₁], at most one in it and at most one right of it.
-If s₁ < t, none lies left of s₁, so three would need one on each of the pieces that t and s₂ cut from (s₁, ∞), say with
-c > 0 and signs +, −, +, −: the first bend of the two is convex, the second concave. The slope change at t is c > 0, so t
-comes first and N = d₁ (x − s₁) on the second piece, which has no root there.
+*At most r − 1 for r ≤ 3*: with all neurons facing right (or all left), N vanishes before the first breakpoint and has
+no sign change on the piece after it, which leaves r − 1 pieces. r = 2, facing apart: if the active halves do not
+overlap, N has one sign change at most, between them; if they do, each outer piece belongs to one neuron and has none,
+which leaves the middle one. r = 3, one left-facing neuron c (t − x)₊ and two right-facing ones with breakpoints s₁ ≤
+s₂ (mirrored for the other case): if t ≤ s₁, no sign change lies left of the gap [t, s₁], at most one in it and at
+most one right of it. If s₁ < t, none lies left of s₁, so three would need one on each of the pieces that t and s₂ cut
+from (s₁, ∞), say with c > 0 and signs +, −, +, −: the first bend of the two is convex, the second concave. The slope
+change at t is c > 0, so t comes first and N = d₁ (x − s₁) on the second piece, which has no root there.
 
-*r + 1 for r ≥ 4*: let m = r + 1 and take lines Λ_0 … Λ_r, Λ_i through the switch (z_{i+1}, 0), with slopes of alternating
-signs. Following one line after the other, N bends at their r intersections τ_i (of Λ_{i−1} and Λ_i), which lie between
-the switches, with slope changes Λ_i − Λ_{i−1}. Let τ_3 and τ_4 face left and the others right. Left of all breakpoints
-N = −Σ_{i=3,4} (Λ_i − Λ_{i−1}) = Λ_2 − Λ_4, and this must be Λ_0. Slopes σ_0 = λσ_2, σ_4 = (1−λ)σ_2 with
-λ = (z_5 − z_3)/(z_5 − z_1) do it, since the root of Λ_0 + Λ_4 is then λ z_1 + (1−λ) z_5 = z_3. The remaining slopes are free, so
-any r + 1 positions can be switches. For m = r, Λ_4 = Λ_2 − Λ_0 is a roof over the run (z_4, z_5) instead of a line
-through a switch. For m < r, all neurons left of one switch face left and all right of it face right.
+*r + 1 for r ≥ 4*: let m = r + 1 and take lines Λ_0 … Λ_r, Λ_i through the switch (z_{i+1}, 0), with slopes of
+alternating signs. Following one line after the other, N bends at their r intersections τ_i (of Λ_{i−1} and Λ_i),
+which lie between the switches, with slope changes Λ_i − Λ_{i−1}. Let τ_3 and τ_4 face left and the others right. Left
+of all breakpoints N = −Σ_{i=3,4} (Λ_i − Λ_{i−1}) = Λ_2 − Λ_4, and this must be Λ_0. Slopes σ_0 = λσ_2, σ_4 = (1−λ)σ_2
+with λ = (z_5 − z_3)/(z_5 − z_1) do it, since the root of Λ_0 + Λ_4 is then λ z_1 + (1−λ) z_5 = z_3. The remaining
+slopes are free, so any r + 1 positions can be switches. For m = r, Λ_4 = Λ_2 − Λ_0 is a roof over the run (z_4, z_5)
+instead of a line through a switch. For m < r, all neurons left of one switch face left and all right of it face
+right.
 """
 
 import equinox as eqx
@@ -139,9 +140,7 @@ def population_error(net: ReluNetwork, teacher: Teacher, distribution: Distribut
     probability is a difference of the CDF. N(x) = 0 is an error: it decides for neither label.
     """
     low, high = distribution.support
-    cuts = jnp.sort(
-        jnp.clip(jnp.concatenate([_cuts(net), _cuts(teacher.net), low[None], high[None]]), low, high)
-    )
+    cuts = jnp.sort(jnp.clip(jnp.concatenate([_cuts(net), _cuts(teacher.net), low[None], high[None]]), low, high))
     middle = 0.5 * (cuts[1:] + cuts[:-1])
     wrong = jnp.sign(net(middle)) != teacher(middle)
     return jnp.sum(jnp.where(wrong, jnp.diff(distribution.cdf(cuts)), 0))
