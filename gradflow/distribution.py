@@ -181,8 +181,9 @@ DISTRIBUTIONS: dict[str, type[Distribution]] = {
 
 
 def _scalars(*values):
-    """Floats of one dtype: that of the arrays among `values`, else JAX's default float."""
-    dtype = jnp.result_type(float, *(v.dtype for v in values if isinstance(v, jax.Array)))
+    """Floats of one dtype: that of the float arrays among `values`, else JAX's default float."""
+    arrays = (value.dtype for value in values if isinstance(value, jax.Array))
+    dtype = jnp.result_type(float, *(d for d in arrays if jnp.issubdtype(d, jnp.floating)))
     return tuple(jnp.asarray(value, dtype) for value in values)
 
 

@@ -1,306 +1,234 @@
-"""Gradient flow, integrated in rescaled time.
+"""Gradient flow, followed exactly through kinks, sliding and stiffness.
 
-Gradient flow on the mean loss L is dθ/dt = −∂L(θ). Late in training L falls like 1/(t log t), so physical time runs to
-e^{1000} and beyond while the direction of θ still moves. In rescaled time τ, with dτ/dt = e^s = mean_i(−ℓ'(q_i)),
+Gradient flow on the mean loss L is dθ/dt ∈ −∂L(θ), ∂ the Clarke subdifferential. Late in training L falls like
+1/(t log t), so physical time runs to e^{1000} and beyond while the direction of θ still moves. In rescaled time τ, with
+dτ/dt = e^s = mean_i(−ℓ'(q_i)),
 
     dθ/dτ = Σ_i p_i ∂q_i(θ),    q_i = y_i N(x_i),    p_i = −ℓ'(q_i) / Σ_l −ℓ'(q_l),
 
-(the gradient flow of −log L for the exponential loss) everything stays of order ρ² = ‖θ‖². Physical time is carried along as
+(the gradient flow of −log L for the exponential loss) any t is reached in moderate τ. Physical time is carried along as
 the state c = log(1 + t/t₀), dc/dτ = exp(−c − s − log t₀), which starts at 0 and needs no exponential of a margin; the
 unit t₀ = e^{−s}/max_i‖∂q_i‖² is taken at the start, so that early times keep their digits on any scale of the data.
 
-**What this integrator does and does not.** It treats the right-hand side as if it were smooth: max(0, ·)' = 0 at 0, and
-the error estimate of the Diffrax solver alone decides the step. Where a breakpoint sticks to a data point the true
-(Clarke) flow slides along a discontinuity; there the steps become tiny, and a run that cannot be finished in `max_steps`
-says so. It is never extrapolated.
+**The loop.** The state holds θ, c and a *mode*: every neuron's activation pattern, and the data point that its
+breakpoint sticks to, if any (`clarke.py`). Inside a mode the field is smooth and a Diffrax solver takes ordinary
+steps. A step that would pass an event which matters (`events.py`) is rejected and taken again, by the solver itself,
+so as to end on the event; there the mode is decided anew with the velocities on both sides. Where p spreads over more
+points than the stiff solver's linear algebra keeps, steps are explicit.
+
+**Errors.** A step's error is at most atol + rtol · size in every parameter and 1e-3 in every margin that matters;
+events are met to half of rtol ‖u_j‖. v_j² − w_j² − b_j² is conserved in every mode and restored after each step.
 """
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
+from gradflow.clarke import Field, Mode, Points, Weights, find_cell
 from gradflow.data import Dataset
+from gradflow.events import NODES, Tolerance, look_ahead, update
 from gradflow.loss import Exponential, Loss
 from gradflow.network import ReluNetwork, is_concrete
+from gradflow.outcome import Flow, Path, Status, Until
+from gradflow.rosenbrock import Rodas4
 
+_RANK = 64  # points kept in the Jacobian of the stiff solver: 6 to 20 matter late in training
+_NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
+_MARGIN_ERROR = 1e-3  # absolute error of a margin allowed in one step
+_STANDSTILL = 1e-6  # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled
 FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
-
-
-class Status(eqx.Enumeration):
-    """How an integration ended. Printing a value gives its sentence."""
-
-    running = "Still running."
-    reached = "Reached what `until` asked for."
-    settled = "The direction has settled: velocity and position are parallel to the tolerance of `until`."
-    stalled = (
-        "Stalled at a stationary point with positive loss: training failed, a true outcome. Another initialisation or a "
-        "wider network may do better."
-    )
-    step_limit = (
-        "Stopped at `max_steps` before `until` was met. Raise `max_steps`, ask for less, or expect a breakpoint that "
-        "sticks to a data point."
-    )
-    step_too_small = (
-        "The step size fell below rounding: a breakpoint sticks to a data point, or the tolerance is finer than the float "
-        "dtype. Loosen `rtol` and `atol`, or use float64."
-    )
-    non_finite = (
-        "The weights are not finite, at the start or after a step. Check the initialisation and the data's scale."
-    )
-
-
-class Until(eqx.Module):
-    """When to stop: at the first accepted step at which any of these holds.
-
-    **Arguments** `time`: rescaled time τ (met exactly); `log_loss`: natural log of the mean loss, at or below; `norm`: ‖θ‖,
-    at or above. With none of them, the flow stops when its direction has settled: when the angle between θ and dθ/dτ,
-    whose tangent is the relative KKT residual of θ for the natural multipliers, has a tangent of at most `settled`. That
-    is asked for only if nothing else is. Values are traced: another number does not recompile.
-    """
-
-    time: Float[Array, ""]
-    log_loss: Float[Array, ""]
-    norm: Float[Array, ""]
-    settled: Float[Array, ""]
-
-    def __init__(self, time=None, log_loss=None, norm=None, *, settled=None):
-        if settled is not None and not (time is None and log_loss is None and norm is None):
-            raise ValueError("`settled` is used only without time, log_loss and norm: give one or the other")
-        settles = time is None and log_loss is None and norm is None
-        self.time = jnp.asarray(jnp.inf if time is None else time, float)
-        self.log_loss = jnp.asarray(-jnp.inf if log_loss is None else log_loss, float)
-        self.norm = jnp.asarray(jnp.inf if norm is None else norm, float)
-        self.settled = jnp.asarray((1e-3 if settled is None else settled) if settles else -1.0, float)
-        for name in ("time", "log_loss", "norm", "settled"):
-            value = getattr(self, name)
-            if value.ndim != 0 or (is_concrete(value) and bool(jnp.isnan(value))):
-                raise ValueError(f"until.{name} must be one number, got {value}")
-
-
-class Path(eqx.Module):
-    """Snapshots along a flow, evenly spread over its accepted steps, S slots of which the first `count` are filled.
-
-    `time` τ, `log_time`, `log_loss`, `margin`, each (S,); `network` with weights (S, k). Empty slots are NaN.
-    `stride` is the number of accepted steps from one to the next; the last filled slot is the end of the flow.
-    """
-
-    time: Float[Array, " S"]
-    log_time: Float[Array, " S"]
-    log_loss: Float[Array, " S"]
-    margin: Float[Array, " S"]
-    network: ReluNetwork
-    count: Int[Array, ""]
-    stride: Int[Array, ""]
-
-
-class Flow(eqx.Module):
-    """The end of an integration. `print(flow)` reports it in words; `flow.check()` raises if it did not succeed.
-
-    - `final`: the network θ(τ);
-    - `status`: how it ended;
-    - `time`: rescaled time τ; `log_time`: natural log of physical time t (−inf at t = 0);
-    - `log_loss`: log of the mean loss; `margin`: γ = min_i q_i/‖θ‖²;
-    - `separated`: whether the loss is below ℓ(0)/n, which proves perfect training accuracy from here on;
-    - `residual`: tangent of the angle between θ and dθ/dτ, the relative KKT residual of θ for natural multipliers;
-    - `drift`: max_j |Δ(v_j² − w_j² − b_j²)| since the start, over the final ‖θ‖²; 0 for the exact flow;
-    - `steps`, `rejected`: accepted and rejected step attempts;
-    - `path`: snapshots if `save` asked for them, else `None`.
-    """
-
-    final: ReluNetwork
-    status: Status
-    time: Float[Array, ""]
-    log_time: Float[Array, ""]
-    log_loss: Float[Array, ""]
-    margin: Float[Array, ""]
-    separated: Bool[Array, ""]
-    residual: Float[Array, ""]
-    drift: Float[Array, ""]
-    steps: Int[Array, ""]
-    rejected: Int[Array, ""]
-    path: Path | None
-
-    @property
-    def success(self) -> Bool[Array, ""]:
-        """Whether the flow did what was asked: reached or settled."""
-        return (self.status == Status.reached) | (self.status == Status.settled)
-
-    def check(self) -> "Flow":
-        """This flow, or a `RuntimeError` with the status's advice. For people; not for jit or vmap."""
-        if not bool(self.success):
-            raise RuntimeError(f"{Status[self.status]} ({self._numbers()})")
-        return self
-
-    def _numbers(self) -> str:
-        return (
-            f"time {self.time:.6g}, log time {self.log_time:.6g}, log loss {self.log_loss:.6g}, "
-            f"margin {self.margin:.6g}, {self.steps} steps"
-        )
-
-    def __repr__(self) -> str:
-        if not is_concrete(self.time) or self.time.ndim:
-            return super().__repr__()
-        accuracy = "all points classified, for good" if self.separated else "not (yet) provably all points classified"
-        return (
-            f"Flow of {self.final.width} neurons: {Status[self.status]}\n"
-            f"  {self._numbers()} ({self.rejected} rejected)\n"
-            f"  {accuracy}; balancedness drift {self.drift:.1e}, KKT residual {self.residual:.1e}"
-        )
 
 
 class _State(eqx.Module):
     """What goes on from one step attempt to the next."""
 
     net: ReluNetwork
-    clock: Array  # c = log(1 + t/t₀)
-    time: Array
-    step: Array
+    clock: Float[Array, ""]  # c = log(1 + t/t₀)
+    mode: Mode
+    time: Float[Array, ""]
+    step: Float[Array, ""]  # what error control proposes
+    cap: Float[Array, ""]  # the next attempt is to end here, on an event
     status: Status
-    accepted: Array
-    rejected: Array
-    after_rejection: Array
-    solver_state: PyTree
+    accepted: Int[Array, ""]
+    rejected: Int[Array, ""]
+    events: Int[Array, ""]
 
 
 class _Problem(eqx.Module):
     """What stays the same over an integration."""
 
-    data: Dataset
+    points: Points
     loss: Loss
-    solver: diffrax.AbstractSolver
+    solvers: tuple[diffrax.AbstractSolver, ...]  # one, or (explicit, stiff)
     until: Until
-    log_unit: Array  # log t₀
-    rtol: Array
-    atol: Array
-    max_steps: Array
+    log_unit: Float[Array, ""]  # log t₀
+    balance: Float[Array, " k"]  # v² − w² − b² at the start
+    tolerance: Tolerance
+    max_steps: Int[Array, ""]
+    log_separated: float = eqx.field(static=True)
+    rank: int = eqx.field(static=True)
 
-    def field(self, time, y, args):
-        """The right-hand side d(θ, c)/dτ."""
-        net, clock = y
-        velocity, q = _velocity(net, self.data, self.loss)
-        return velocity, jnp.exp(-clock - self.loss.log_mean_weight(q) - self.log_unit)
+    def field(self, mode: Mode) -> Field:
+        return Field(self.points, self.loss, mode, self.log_unit, self.rank)
 
     def attempt(self, state: _State) -> _State:
-        """One step attempt, accepted or not."""
-        y, dtype = (state.net, state.clock), state.time.dtype
-        step = jnp.minimum(state.step, self.until.time.astype(dtype) - state.time)
-        # The flow is autonomous: steps start at 0, so that one below the rounding of τ still moves θ.
-        new, error, _, solver_state, _ = self.solver.step(
-            diffrax.ODETerm(self.field),
-            jnp.zeros_like(step),
-            step,
-            y,
-            None,
-            state.solver_state,
-            made_jump=False,
+        """One step attempt: rejected for its error, rejected to land on an event instead, or accepted."""
+        field, dtype = self.field(state.mode), state.time.dtype
+        step = jnp.minimum(jnp.minimum(state.step, state.cap), self.until.time.astype(dtype) - state.time)
+        start = field.weights(state.net)
+        new, clock, error, clock_error, nodes = self.advance(field, state, start, step)
+        end = field.weights(new)
+        ratio = self.error_ratio(field, state, new, clock, error, clock_error, end)
+        sound = ratio <= 1
+        outlook = look_ahead(field, nodes, start, end, step, self.tolerance)
+        early = sound & (outlook.share <= 1)
+        accept = sound & ~early
+        net, mode, events = update(field, new, end, outlook.passed, outlook.released, self.tolerance)
+        net = _rebalanced(net, self.balance)
+
+        # The error of both methods behaves like h⁴ or better; no growth after an error rejection of this very step.
+        factor = jnp.clip(0.9 * jnp.maximum(ratio, 1e-10) ** -0.25, 0.2, 5.0)
+        proposal = jnp.where(
+            sound, jnp.maximum(step * factor, jnp.where(step < state.step, state.step, 0)), step * factor
         )
-        if error is None:
-            raise ValueError(f"{type(self.solver).__name__} gives no error estimate; wrap it in diffrax.HalfSolver")
-        ratio = self._error_ratio(y, new, error)
-        accept = ratio <= 1
-        order = self.solver.error_order(diffrax.ODETerm(self.field)) or self.solver.order(diffrax.ODETerm(self.field))
-        factor = 0.9 * jnp.maximum(ratio, 1e-10) ** (-1 / order)
-        # No growth straight after a rejection: the step that failed is still near.
-        largest = jnp.where(accept & ~state.after_rejection, 5.0, jnp.where(accept, 1.0, 0.9)).astype(dtype)
-        keep = jax.tree.map(lambda a, b: jnp.where(accept, a, b), (new, solver_state), (y, state.solver_state))
-        (net, clock), solver_state = keep
-        # A last step cut short by `until.time` says nothing against the longer one.
-        following = step * jnp.clip(factor, 0.2, largest)
-        following = jnp.where(accept, jnp.maximum(following, jnp.where(step < state.step, state.step, 0)), following)
+
+        def keep(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+
         state = _State(
-            net,
-            clock,
+            keep(net, state.net),
+            keep(clock, state.clock),
+            keep(mode, state.mode),
             jnp.where(accept, state.time + step, state.time),
-            following,
+            jnp.where(early, state.step, proposal),
+            jnp.where(early, step * outlook.share, jnp.inf),
             state.status,
             jnp.where(accept, state.accepted + 1, state.accepted),
             jnp.where(accept, state.rejected, state.rejected + 1),
-            ~accept,
-            solver_state,
+            jnp.where(accept, state.events + events, state.events),
         )
-        return self.judge(state, accept)
+        return self.judge(state)
 
-    def _error_ratio(self, old, new, error):
-        """Largest |error| / (atol + rtol · size) over all parameters, infinite for NaN.
+    def advance(self, field: Field, state: _State, weights: Weights, step):
+        """One step of the fitting solver, and the network at the five nodes of the step."""
+        y, zero = (state.net, state.clock), jnp.zeros_like(step)
+        terms = diffrax.ODETerm(field)
 
-        The maximum, unlike the root mean square, does not dilute when dead or zero-padded neurons are added.
+        def run(solver):
+            def branch():
+                # The flow is autonomous: steps start at 0, so that one below the rounding of τ still moves θ.
+                memory = solver.init(terms, zero, step, y, None)
+                (new, clock), error, dense, _, _ = solver.step(terms, zero, step, y, None, memory, made_jump=True)
+                if error is None:
+                    raise ValueError(f"{type(solver).__name__} gives no error estimate; wrap it in diffrax.HalfSolver")
+                dense = solver.interpolation_cls(t0=zero, t1=step, **dense)
+                inner = [dense.evaluate(step * jnp.asarray(s, step.dtype))[0] for s in NODES[1:-1]]
+                nodes = jax.tree.map(lambda *a: jnp.stack(a), state.net, *inner, new)
+                return new, clock, *error, nodes
+
+            return branch
+
+        if len(self.solvers) == 1:
+            return run(self.solvers[0])()
+        explicit, stiff = self.solvers
+        if self.rank >= self.points.x.shape[0]:
+            return run(stiff)()
+        exact = step * field.neglected(state.net, weights) <= _NEGLIGIBLE
+        return jax.lax.cond(exact, run(stiff), run(explicit))
+
+    def error_ratio(self, field: Field, state: _State, new, clock, error, clock_error, end: Weights):
+        """Largest error over what is allowed, infinite for NaN.
+
+        Parameters are held to atol + rtol · size in the maximum norm, which does not dilute when dead or zero-padded
+        neurons are added. Margins are held to 1e-3 absolutely where their sample matters: an error δq turns into a
+        relative error δq of p, and δq ≈ ρ² · rtol would make p noise at late times.
         """
-        worst = jax.tree.map(
-            lambda e, a, b: jnp.max(jnp.abs(e) / (self.atol + self.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)))),
-            error,
-            old,
-            new,
+        tolerance = self.tolerance
+        sizes = jax.tree.map(
+            lambda e, a, b: jnp.max(
+                jnp.abs(e) / (tolerance.atol + tolerance.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)))
+            ),
+            (error, clock_error),
+            (state.net, state.clock),
+            (new, clock),
         )
-        ratio = jnp.max(jnp.stack(jax.tree.leaves(worst)))
+        share = jnp.minimum(1, end.p * jnp.sum(jnp.exp(self.points.log_count)))
+        margins = jnp.max(jnp.abs(field.respond(new, error)) * share) / _MARGIN_ERROR
+        ratio = jnp.max(jnp.stack([*jax.tree.leaves(sizes), margins]))
         return jnp.where(jnp.isnan(ratio), jnp.inf, ratio)
 
-    def judge(self, state: _State, accepted) -> _State:
+    def judge(self, state: _State) -> _State:
         """The status after an attempt."""
-        velocity, q = _velocity(state.net, self.data, self.loss)
-        until, dtype = self.until, state.time.dtype
-        log_loss = self.loss.log_mean(q)
-        speed = jnp.sqrt(velocity.squared_norm)
-        rho = jnp.sqrt(state.net.squared_norm)
-        separated = log_loss < self.loss.log_separated(self.data.samples)
+        field, until, dtype = self.field(state.mode), self.until, state.time.dtype
+        weights = field.weights(state.net)
+        velocity = field.combine(state.net, weights.p)
+        speed, rho = jnp.sqrt(velocity.squared_norm), jnp.sqrt(state.net.squared_norm)
+        separated = weights.log_loss < self.log_separated
         met = (
             (state.time >= until.time.astype(dtype))
-            | (log_loss <= until.log_loss.astype(dtype))
+            | (weights.log_loss <= until.log_loss.astype(dtype))
             | (rho >= until.norm.astype(dtype))
         )
         settled = separated & (_misalignment(state.net, velocity) <= until.settled.astype(dtype))
-        # Velocities below the integration error of the fastest possible motion are no motion.
-        fastest = jnp.max(jnp.sqrt(_squared_gradients(state.net, self.data)))
-        stalled = ~separated & (speed <= self.rtol * fastest)
-        tiny = state.step * speed <= jnp.finfo(dtype).eps * rho
+        fastest = jnp.sqrt(jnp.max(jnp.where(weights.p > 0, field.squared_gradients(state.net), 0)))
+        stalled = ~separated & (speed <= max(_STANDSTILL, 100 * float(jnp.finfo(dtype).eps)) * fastest)
+        tiny = jnp.minimum(state.step, state.cap) * speed <= 0.1 * jnp.finfo(dtype).eps * rho
         status = Status.running
         for condition, outcome in (
             (state.accepted + state.rejected >= self.max_steps, Status.step_limit),
-            (~accepted & tiny, Status.step_too_small),
+            (tiny, Status.step_too_small),
             (stalled, Status.stalled),
             (settled, Status.settled),
             (met, Status.reached),
-            (~(jnp.isfinite(rho) & jnp.isfinite(log_loss)), Status.non_finite),
+            (self.points.conflict, Status.not_separable),
+            (~(jnp.isfinite(rho) & jnp.isfinite(weights.log_loss)), Status.non_finite),
         ):
             status = Status.where(condition, outcome, status)
         return eqx.tree_at(lambda s: s.status, state, status)
 
     def record(self, path: Path, state: _State, due) -> Path:
         """`path` with the present state written into its next slot, if `due`."""
-        q = self.data.margins(state.net)
+        weights = self.field(state.mode).weights(state.net)
         slots = path.time.shape[0]
         # A full path drops every second snapshot, and takes them half as often from then on.
         full = due & (path.count == slots)
-        thin = lambda a: jnp.where(full, jnp.concatenate([a[::2], jnp.full_like(a[::2], jnp.nan)]), a)
         row = (
             state.time,
-            self.log_unit + jnp.log(jnp.expm1(state.clock)),
-            self.loss.log_mean(q),
-            jnp.min(q) / state.net.squared_norm,
+            self.log_time(state.clock),
+            weights.log_loss,
+            jnp.min(weights.q) / state.net.squared_norm,
             state.net,
         )
-        rows = (path.time, path.log_time, path.log_loss, path.margin, path.network)
         count = jnp.where(full, slots // 2, path.count)
-        rows = jax.tree.map(lambda a, b: thin(a).at[count].set(jnp.where(due, b, thin(a)[count])), rows, row)
-        return Path(*rows, jnp.where(due, count + 1, count), jnp.where(full, 2 * path.stride, path.stride))
+
+        def write(column, entry):
+            halved = jnp.concatenate([column[::2], jnp.full_like(column[::2], jnp.nan)])
+            column = jnp.where(full, halved, column)
+            return column.at[count].set(jnp.where(due, entry, column[count]))
+
+        columns = (path.time, path.log_time, path.log_loss, path.margin, path.network)
+        columns = jax.tree.map(write, columns, row)
+        return Path(*columns, jnp.where(due, count + 1, count), jnp.where(full, 2 * path.stride, path.stride))
+
+    def log_time(self, clock):
+        """log t. Below log(1 + t/t₀) = 1 by expm1, beyond by the form that cannot overflow."""
+        late = clock > 1
+        small = jnp.log(jnp.expm1(jnp.where(late, 1, clock)))
+        return self.log_unit + jnp.where(late, clock + jnp.log(-jnp.expm1(-jnp.where(late, clock, 1))), small)
 
 
-def _velocity(net: ReluNetwork, data: Dataset, loss: Loss) -> tuple[ReluNetwork, Float[Array, " n"]]:
-    """dθ/dτ = Σ_i p_i ∂q_i, with max(0, ·)' = 0 at 0, and the margins q."""
-    inner = net.w[:, None] * data.x[None, :] + net.b[:, None]
-    hidden = jnp.maximum(inner, 0)
-    q = data.y * (net.v @ hidden)
-    force = loss.weights(q) * data.y
-    active = (inner > 0).astype(force.dtype)
-    return ReluNetwork(net.v * (active @ (force * data.x)), net.v * (active @ force), hidden @ force), q
+def _rebalanced(net: ReluNetwork, balance: Float[Array, " k"]) -> ReluNetwork:
+    """`net` put back on the invariants v_j² − ‖u_j‖² = `balance`, by one Newton step u(1 + ε), v(1 − ε).
 
-
-def _squared_gradients(net: ReluNetwork, data: Dataset) -> Float[Array, " n"]:
-    """‖∂q_i‖² for every point."""
-    inner = net.w[:, None] * data.x[None, :] + net.b[:, None]
-    active = (inner > 0).astype(inner.dtype)
-    return jnp.sum(jnp.maximum(inner, 0) ** 2, axis=0) + (1 + data.x**2) * (net.v**2 @ active)
+    Both scale along themselves, so breakpoints and modes stay; ε is of the size of the step's error (Hairer, Lubich and
+    Wanner 2006, IV.4: projection keeps the order).
+    """
+    norm = jnp.hypot(net.w, net.b)
+    size = net.v**2 + norm**2
+    epsilon = 0.5 * ((net.v - norm) * (net.v + norm) - balance) / jnp.where(size > 0, size, 1)
+    return ReluNetwork(net.w * (1 + epsilon), net.b * (1 + epsilon), net.v * (1 - epsilon))
 
 
 def _misalignment(net: ReluNetwork, velocity: ReluNetwork) -> Float[Array, ""]:
@@ -322,7 +250,7 @@ def integrate(
     atol=1e-6,
     solver: diffrax.AbstractSolver | None = None,
     save: int | None = None,
-    max_steps: int = 200_000,
+    max_steps=200_000,
 ) -> Flow:
     """Gradient flow on the mean loss, from `net`, on one dataset.
 
@@ -332,18 +260,19 @@ def integrate(
     - `loss`: default `Exponential()`.
     - `until`: when to stop; default `Until()`, until the direction has settled.
     - `rtol`, `atol`: error allowed in each parameter in one step, relative and absolute (units of θ). Traced.
-    - `solver`: any Diffrax solver with an error estimate; default `diffrax.Tsit5()`.
+    - `solver`: any Diffrax solver with an error estimate, for all steps. Default: Rodas4, and Tsit5 where too many
+        points matter at once for its linear algebra.
     - `save`: the most snapshots to keep along the way (even, ≥ 2), in `flow.path`; default none.
     - `max_steps`: the most step attempts. Traced.
 
     **Returns** a `Flow`, under jit and vmap too: failure is its `status`, never an exception.
 
-    **Raises** `ValueError`, before anything compiles, for mixed dtypes, tolerances that are not positive, an odd `save`,
-    a solver without error estimate, and for `until.log_loss` below −50 in float32.
+    **Raises** `ValueError`, before anything compiles, for mixed dtypes, tolerances that are not positive, an odd
+    `save`, a solver without error estimate, and for `until.log_loss` below −50 in float32.
     """
     loss = Exponential() if loss is None else loss
     until = Until() if until is None else until
-    solver = diffrax.Tsit5(scan_kind="lax") if solver is None else solver
+    solvers = (diffrax.Tsit5(scan_kind="lax"), Rodas4()) if solver is None else (_with_tolerances(solver, rtol, atol),)
     dtype = net.w.dtype
     if data.x.dtype != dtype:
         raise ValueError(f"the network is {dtype} and the data {data.x.dtype}: convert one of them")
@@ -359,24 +288,58 @@ def integrate(
                 f"making arrays, or ask for {FLOAT32_LOG_LOSS} at most"
             )
     tolerances = jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype)
-    return _integrate(net, data, loss, until, *tolerances, solver, save, jnp.asarray(max_steps))
+    return _integrate(net, data, loss, until, *tolerances, solvers, save, jnp.asarray(max_steps))
+
+
+def _with_tolerances(solver: diffrax.AbstractSolver, rtol, atol) -> diffrax.AbstractSolver:
+    """`solver`, whose root finder, if it has one that waits for the tolerances of the integration, gets them."""
+    finder = getattr(solver, "root_finder", None)
+    if finder is None or isinstance(finder.rtol, int | float | jax.Array):
+        return solver
+    return eqx.tree_at(
+        lambda s: (s.root_finder.rtol, s.root_finder.atol, s.root_finder.norm), solver, (rtol, atol, _max_norm)
+    )
+
+
+def _max_norm(y) -> Float[Array, ""]:
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(y)]))
 
 
 @eqx.filter_jit
-def _integrate(net, data, loss, until, rtol, atol, solver, save, max_steps) -> Flow:
-    velocity, q = _velocity(net, data, loss)
-    dtype, largest = net.w.dtype, jnp.max(_squared_gradients(net, data))
+def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> Flow:
+    dtype, points = net.w.dtype, Points(data)
+    tolerance = Tolerance(rtol, atol)
+    cell = find_cell(net, points)
+    mode = Mode(cell, jnp.full_like(cell, -1))
+    zero, none = jnp.zeros((), dtype), jnp.zeros(cell.shape, bool)
+    rank = min(data.samples, _RANK)
+
+    initial = Field(points, loss, mode, zero, rank)
+    weights = initial.weights(net)
+    largest = jnp.max(jnp.where(weights.p > 0, initial.squared_gradients(net), 0))
     safe = jnp.where(largest > 0, largest, 1)
-    log_unit = -loss.log_mean_weight(q) - jnp.log(safe)
-    problem = _Problem(data, loss, solver, until, log_unit, rtol, atol, max_steps)
-    zero = jnp.zeros((), dtype)
-    speed = jnp.sqrt(velocity.squared_norm)
+    log_unit = -weights.log_rate - jnp.log(safe)
+    problem = _Problem(
+        points,
+        loss,
+        solvers,
+        until,
+        log_unit,
+        net.balance,
+        tolerance,
+        max_steps,
+        loss.log_separated(data.samples),
+        rank,
+    )
+    # Breakpoints that start on a point are decided like those that arrive there.
+    start, mode, _ = update(problem.field(mode), net, weights, none, none, tolerance)
+    speed = jnp.sqrt(problem.field(mode).combine(start, weights.p).squared_norm)
     # A hundredth of the time in which θ, or the fastest margin, changes by its own size.
     first = 0.01 * jnp.minimum(jnp.sqrt(net.squared_norm) / jnp.where(speed > 0, speed, 1), 1 / safe)
     count = jnp.zeros((), int)
-    terms = diffrax.ODETerm(problem.field)
-    solver_state = solver.init(terms, zero, first, (net, zero), None)
-    state = _State(net, zero, zero, first, Status.running, count, count, jnp.array(False), solver_state)
+    far = jnp.full((), jnp.inf, dtype)
+    state = problem.judge(_State(start, zero, mode, zero, first, far, Status.running, count, count, count))
+
     path = None
     if save is not None:
         empty = jnp.full((save,), jnp.nan, dtype)
@@ -392,24 +355,25 @@ def _integrate(net, data, loss, until, rtol, atol, solver, save, max_steps) -> F
             path = problem.record(path, state, due)
         return state, path
 
-    state = problem.judge(state, jnp.array(True))
     state, path = jax.lax.while_loop(lambda carry: carry[0].status == Status.running, body, (state, path))
     if path is not None:
         path = problem.record(path, state, state.time > path.time[path.count - 1])
-    velocity, q = _velocity(state.net, data, loss)
-    log_loss = loss.log_mean(q)
+    field = problem.field(state.mode)
+    weights = field.weights(state.net)
     scale = state.net.squared_norm
     return Flow(
         final=state.net,
         status=state.status,
         time=state.time,
-        log_time=log_unit + jnp.log(jnp.expm1(state.clock)),
-        log_loss=log_loss,
-        margin=jnp.min(q) / scale,
-        separated=log_loss < loss.log_separated(data.samples),
-        residual=_misalignment(state.net, velocity),
+        log_time=problem.log_time(state.clock),
+        log_loss=weights.log_loss,
+        margin=jnp.min(weights.q) / scale,
+        separated=weights.log_loss < problem.log_separated,
+        residual=_misalignment(state.net, field.combine(state.net, weights.p)),
         drift=jnp.max(jnp.abs(state.net.balance - net.balance)) / scale,
         steps=state.accepted,
         rejected=state.rejected,
+        events=state.events,
+        sliding=jnp.where(state.mode.sliding, points.x[state.mode.ray % data.samples], jnp.nan),
         path=path,
     )

@@ -40,9 +40,8 @@ class ReluNetwork(eqx.Module):
             raise ValueError(
                 f"a network needs w, b and v of one shape (k,), k >= 1; got {w.shape}, {b.shape} and {v.shape}"
             )
-        dtype = jnp.result_type(w.dtype, b.dtype, v.dtype)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            dtype = jnp.result_type(float)
+        floats = [a.dtype for a in (w, b, v) if jnp.issubdtype(a.dtype, jnp.floating)]
+        dtype = jnp.result_type(*floats) if floats else jnp.result_type(float)
         self.w, self.b, self.v = (a.astype(dtype) for a in (w, b, v))
 
     @property
@@ -67,19 +66,23 @@ class ReluNetwork(eqx.Module):
         return jax.tree.map(lambda a: a * factor, self)
 
     def __call__(self, x):
-        """N(x), of the shape of `x`. Python numbers and integers are taken as floats of the weights' dtype."""
+        """N(x), of the shape of `x`. Python numbers and integers are taken as floats of the weights' dtype.
+
+        Its derivatives take max(0, ·)' = 0 at 0.
+        """
         x = jnp.asarray(x, dtype=self.w.dtype)
         flat = x.reshape(-1, 1)
-        hidden = jnp.maximum(self.w[None, :] * flat + self.b[None, :], 0)
+        hidden = jax.nn.relu(self.w[None, :] * flat + self.b[None, :])
         return (hidden @ self.v).reshape(x.shape)
 
     @classmethod
-    def random(cls, key: PRNGKeyArray, width: int = 64, scheme: str = "balanced", scale: float = 1.0, dtype=float):
+    def random(cls, key: PRNGKeyArray, width: int = 64, scheme: str = "balanced", scale=1.0, dtype=float):
         """A random initialisation.
 
         **Arguments**
 
-        - `key`: JAX random key. Neuron j depends on (`key`, j) only, so a wider network contains the narrower one.
+        - `key`: JAX random key. Neuron j depends on (`key`, j) only, so a wider network contains the narrower one
+            (up to the factor of `"he"`, which depends on the width).
         - `width`: k.
         - `scheme`: the law of one neuron, before scaling:
             - `"balanced"`: (w, b) standard normal, v = ±‖(w, b)‖ with a fair sign, so that v² − w² − b² = 0;

@@ -29,7 +29,7 @@ class Piecewise(eqx.Module):
 
     - `breakpoints` (k,): t_j ascending, +inf for neurons that do not bend (w = 0);
     - `changes` (k,): slope change c_j at each, 0 where the breakpoint is infinite;
-    - `values` (k,): N at each breakpoint, 0 where it is infinite;
+    - `values` (k,): N at each breakpoint, 0 where the breakpoint is infinite or where all of N is rounding;
     - `slope_left`, `slope_right`: the slopes towards −∞ and +∞;
     - `constant`: N(0), the value of a network that bends nowhere.
     """
@@ -45,12 +45,12 @@ class Piecewise(eqx.Module):
         w, b, v = net.w, net.b, net.v
         position = jnp.where(w == 0, jnp.inf, -b / jnp.where(w == 0, 1, w))
         # A quotient that overflows is a breakpoint beyond every float, that is, none.
-        position = jnp.where(jnp.isfinite(position), position, jnp.inf)
+        position = jnp.where(jnp.isinf(position), jnp.inf, position)
         order = jnp.argsort(position)
-        finite = jnp.isfinite(position[order])
         self.breakpoints = position[order]
-        self.changes = jnp.where(finite, (v * jnp.abs(w))[order], 0)
-        self.values = jnp.where(finite, net(jnp.where(finite, self.breakpoints, 0)), 0)
+        nowhere = self.breakpoints == jnp.inf
+        self.changes = jnp.where(nowhere, 0, (v * jnp.abs(w))[order])
+        self.values = jnp.where(nowhere, 0, _values(net, jnp.where(nowhere, 0, self.breakpoints)))
         self.slope_left = _cancelling_sum(jnp.where(w < 0, v * w, 0))
         self.slope_right = _cancelling_sum(jnp.where(w > 0, v * w, 0))
         self.constant = net(jnp.zeros((), w.dtype))
@@ -65,7 +65,7 @@ class Piecewise(eqx.Module):
         merge, drop = jnp.asarray(merge, t.dtype), jnp.asarray(drop, t.dtype)
         eps = jnp.finfo(t.dtype).eps
         finite = jnp.isfinite(t)
-        safe = jnp.where(finite, t, 0)
+        safe = jnp.where(t == jnp.inf, 0, t)
         gap = jnp.diff(safe)
         rounding = 4 * eps * jnp.maximum(jnp.abs(safe[1:]), jnp.abs(safe[:-1]))
         starts = jnp.concatenate([jnp.ones((1,), bool), (gap > jnp.maximum(merge, rounding)) | ~finite[1:]])
@@ -76,11 +76,12 @@ class Piecewise(eqx.Module):
         first = jnp.zeros_like(t).at[run].add(jnp.where(starts, safe, 0))
         shift = jnp.zeros_like(t).at[run].add(jnp.abs(c) * (safe - first[run]))
         position = first + shift / jnp.where(total > 0, total, 1)
-        real = jnp.abs(signed) > jnp.maximum(4 * k * eps * total, drop * jnp.sum(jnp.abs(c)))
+        # Asked this way round, NaN is a knot: a failed network must not pass for a simple one.
+        real = ~(jnp.abs(signed) <= jnp.maximum(4 * k * eps * total, drop * jnp.sum(jnp.abs(c))))
         return jnp.where(real, position, jnp.inf), real
 
-    def roots(self) -> tuple[Float[Array, " k+1"], Bool[Array, " k+1"]]:
-        """Positions where N changes sign, and which entries are such positions.
+    def roots(self) -> tuple[Float[Array, " pieces"], Bool[Array, " pieces"]]:
+        """Positions where N changes sign, and which entries are such positions: k + 1, one a linear piece.
 
         N is linear between breakpoints, so its sign changes at most once there. If N vanishes on a whole interval
         between opposite signs, the sign change is put at that interval's right end.
@@ -103,6 +104,17 @@ class Piecewise(eqx.Module):
         return jnp.where(changes, position, jnp.inf), changes
 
 
+def _values(net: ReluNetwork, t: Float[Array, " k"]) -> Float[Array, " k"]:
+    """N at the breakpoints t, or an exact 0 where all that is left is rounding, that of t included."""
+    eps = jnp.finfo(t.dtype).eps
+    inner = net.w[None, :] * t[:, None] + net.b[None, :]
+    size = jnp.abs(net.w[None, :] * t[:, None]) + jnp.abs(net.b[None, :])
+    # A neuron that is clearly off adds no rounding; one that bends here may come out on or off.
+    size = jnp.where(inner > -4 * eps * size, size, 0)
+    value = net(t)
+    return jnp.where(jnp.abs(value) <= 4 * t.shape[0] * eps * (size @ jnp.abs(net.v)), 0, value)
+
+
 def _last_nonzero(signs: Float[Array, " m"]) -> Float[Array, " m"]:
     """The last non-zero entry up to and including each position (0 before any)."""
     latest = jax.lax.cummax(jnp.where(signs != 0, jnp.arange(signs.shape[0]), -1))
@@ -113,13 +125,12 @@ def _cancelling_sum(terms: Float[Array, " k"]) -> Float[Array, ""]:
     """Σ terms, or an exact 0 where all that is left is rounding."""
     total = jnp.sum(terms)
     rounding = 4 * terms.shape[0] * jnp.finfo(terms.dtype).eps * jnp.sum(jnp.abs(terms))
-    return jnp.where(jnp.abs(total) > rounding, total, 0)
+    return jnp.where(jnp.abs(total) <= rounding, 0, total)
 
 
 def _sorted(positions, real):
     """Real positions ascending: exactly those outside jit, padded with +inf to the static length under it."""
-    positions = jnp.sort(positions)
-    return positions[: int(real.sum())] if is_concrete(positions) else positions
+    return jnp.sort(positions[real] if is_concrete(positions) else positions)
 
 
 def knots(net: ReluNetwork, merge=0.0, drop=0.0) -> Float[Array, " knots"]:
@@ -133,7 +144,10 @@ def knots(net: ReluNetwork, merge=0.0, drop=0.0) -> Float[Array, " knots"]:
 
 
 def linear_regions(net: ReluNetwork, merge=0.0, drop=0.0) -> Int[Array, ""]:
-    """The number of linear regions of N on the whole line: one more than `knots`. Arguments as there."""
+    """The number of linear regions of N on the whole line: one more than `knots`. Arguments as there.
+
+    NaN weights count as knots, so that a failed network does not pass for a simple one.
+    """
     return 1 + jnp.sum(Piecewise(net).knots(merge, drop)[1])
 
 

@@ -45,13 +45,14 @@ def max_switches(neurons: int) -> int:
 
 
 class Teacher(eqx.Module):
-    """A target classifier: labels are the sign of its network, +1 where the network is exactly 0."""
+    """A target classifier: labels are the sign of its network, +1 where it is exactly 0, NaN where it is NaN."""
 
     net: ReluNetwork
 
     def __call__(self, x):
         """The labels ±1 at `x`, in its shape, as floats."""
-        return jnp.where(self.net(x) >= 0, 1, -1).astype(self.net.w.dtype)
+        value = self.net(x)
+        return jnp.where(value >= 0, 1, jnp.where(value < 0, -1, value))
 
     @property
     def switches(self) -> Float[Array, " switches"]:
@@ -73,6 +74,7 @@ class Teacher(eqx.Module):
         owner = jax.lax.cummax(jnp.where(empty, 0, jnp.arange(label.shape[0])))
         label = label[owner]
         real = label[1:] != label[:-1]
+        cuts = jnp.where(jnp.isnan(label[1:]), jnp.nan, cuts)
         return jnp.where(real, cuts, jnp.inf), real
 
     def sample(self, key: PRNGKeyArray, samples: int, distribution: Distribution | None = None) -> Dataset:
@@ -137,17 +139,18 @@ def population_error(net: ReluNetwork, teacher: Teacher, distribution: Distribut
     """P(sign N(X) ≠ label of X) for X from `distribution`, a probability: exact up to rounding, no sampling.
 
     The line is cut at every root and knot of both networks; between cuts both signs are constant, and each cell's
-    probability is a difference of the CDF. N(x) = 0 is an error: it decides for neither label.
+    probability is a difference of the CDF. N(x) = 0 is an error: it decides for neither label. NaN weights give NaN.
     """
     low, high = distribution.support
     cuts = jnp.sort(jnp.clip(jnp.concatenate([_cuts(net), _cuts(teacher.net), low[None], high[None]]), low, high))
     middle = 0.5 * (cuts[1:] + cuts[:-1])
-    wrong = jnp.sign(net(middle)) != teacher(middle)
-    return jnp.sum(jnp.where(wrong, jnp.diff(distribution.cdf(cuts)), 0))
+    agreement = jnp.sign(net(middle)) * teacher(middle)
+    wrong = jnp.where(jnp.isnan(agreement), jnp.nan, jnp.where(agreement == 1, 0, 1))
+    return jnp.sum(wrong * jnp.diff(distribution.cdf(cuts)))
 
 
-def _cuts(net: ReluNetwork) -> Float[Array, " 2*k+1"]:
-    """Breakpoints and roots of a network, ascending, padded with +inf: between them its sign is constant."""
+def _cuts(net: ReluNetwork) -> Float[Array, " cuts"]:
+    """The k breakpoints and k + 1 roots of a network, ascending, padded with +inf: its sign is constant between."""
     shape = Piecewise(net)
     return jnp.sort(jnp.concatenate([shape.breakpoints, shape.roots()[0]]))
 

@@ -1,0 +1,274 @@
+"""`python -m gradflow`: `study` estimates probabilities over random trials, `flow` trains on your own points."""
+
+import argparse
+import hashlib
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+import gradflow
+from gradflow.data import Dataset
+from gradflow.flow import Flow, Until, integrate
+from gradflow.loss import LOSSES
+from gradflow.network import SCHEMES, ReluNetwork
+from gradflow.piecewise import knots, linear_regions
+from gradflow.plot import flow_figure, study_figure
+from gradflow.study import FILE, run_study, summary
+from gradflow.trial import SENSITIVITY, Trial
+
+TRIALS, QUICK_TRIALS = 1024, 32
+SNAPSHOTS = 200
+DPI = 200
+FIGURES = (".png", ".pdf", ".svg")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line on `argv` (default: the process's own) and returns its exit code."""
+    jax.config.update("jax_enable_x64", True)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.verb(arguments)
+    except (ValueError, OSError) as error:
+        print(f"gradflow: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gradflow: interrupted; a study keeps its finished trials, and the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """The verb `study`: draw, integrate, judge; print the claims; write the dataset and the figure."""
+    trial = Trial(**{name: getattr(arguments, name) for name in TRIAL_OPTIONS})
+    if not 0 < arguments.confidence < 1:
+        raise ValueError(f"--confidence must lie strictly between 0 and 1, got {arguments.confidence}")
+    directory = arguments.path or default_folder(trial, arguments.key)
+    with tqdm(total=arguments.trials, unit="trial", desc="compiling", disable=None) as bar:
+
+        def progress(done: int, counts) -> None:
+            bar.set_description("trials", refresh=False)
+            bar.set_postfix({str(name): int(count) for name, count in counts.items()}, refresh=False)
+            bar.update(done - bar.n)
+
+        dataset = run_study(
+            trial, key=jax.random.key(arguments.key), trials=arguments.trials, path=directory, progress=progress
+        )
+    figure = directory / "study.png"
+    study_figure(dataset, arguments.confidence).savefig(figure, dpi=DPI)
+    print(summary(dataset, arguments.confidence))
+    print(f"\ndataset  {directory / FILE}\nfigure   {figure}")
+
+
+def flow(arguments: argparse.Namespace) -> None:
+    """The verb `flow`: read points, integrate one flow, print its report, draw its figure."""
+    points = read_points(arguments.points)
+    target = arguments.figure or Path(f"{arguments.points.stem}.png")
+    if target.suffix.lower() not in FIGURES:
+        raise ValueError(f"--figure {target}: the name must end in {', '.join(FIGURES)}")
+    if not target.parent.is_dir():
+        raise ValueError(f"--figure {target}: there is no folder {target.parent}")
+    data = Dataset(points.x, points.y)
+    key = jax.random.key(arguments.seed)
+    net = ReluNetwork.random(key, arguments.width, arguments.scheme, arguments.scale)
+    until = Until(log_loss=arguments.log_loss)
+    loss = LOSSES[arguments.loss]()
+    result = integrate(net, data, loss, until, save=SNAPSHOTS, max_steps=arguments.max_steps)
+    usual = Trial()
+    merge, drop = usual.merge * (float(jnp.ptp(data.x)) or 1.0), usual.drop
+    print(report(f"{arguments.points}: {described(points)}", data, result, merge, drop))
+    flow_figure(result, data, merge=merge, drop=drop).savefig(target, dpi=DPI)
+    print(f"figure   {target}")
+
+
+def report(title: str, data: Dataset, flow: Flow, merge: float, drop: float) -> str:
+    """One flow in words: the data, the outcome, and the function that was learned, with its effective knots."""
+    counts = [int(linear_regions(flow.final, merge * a, drop * b)) for a in SENSITIVITY for b in SENSITIVITY]
+    at = knots(flow.final, merge, drop)
+    correct, switches = int(jnp.sum(data.margins(flow.final) > 0)), int(data.switches)
+    return "\n".join(
+        [
+            title,
+            repr(flow),
+            f"  {correct} of {data.samples} points on their side, {switches} label switches among them",
+            f"  {len(at) + 1} effective linear regions ({min(counts)} to {max(counts)} over the tolerances), "
+            f"{max(switches, 1)} the least possible",
+            f"  knots at x = {', '.join(f'{x:.4g}' for x in at) or 'none'}",
+        ]
+    )
+
+
+class Points(NamedTuple):
+    """What a file of points holds; `header` is its first line if that is one, else empty."""
+
+    x: list[float]
+    y: list[float]
+    header: str
+
+
+def read_points(path: Path) -> Points:
+    """The points in a text file of two columns, x and label y = ±1.
+
+    Columns may be separated by commas, semicolons, tabs or spaces; the first line may name them (`y,x` too).
+    Blank lines and lines that start with # are skipped. **Raises** `ValueError` that names file and line and says what
+    to change.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: this is not plain text in UTF-8; save it as CSV (UTF-8)") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = [
+        (number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip() and line.strip()[0] != "#"
+    ]
+    if not rows:
+        raise ValueError(f"{path}: the file is empty; give one point a line, x,y with y = -1 or +1")
+    # Semicolons and tabs come first: where they stand, a comma is a decimal comma.
+    separator = next((mark for mark in ";\t," if mark in rows[0][1]), None)
+    header, order = "", slice(None)
+    x, y, lines = [], [], []
+    for number, line in rows:
+        cells = [cell.strip().strip('"').strip() for cell in line.strip().split(separator)]
+        if len(cells) != 2:
+            found = "1 column" if len(cells) == 1 else f"{len(cells)} columns"
+            raise ValueError(f"{path}, line {number}: {found} in {line.strip()!r}; give two, x and y: 0.25,-1")
+        if number == rows[0][0] and not any(map(_is_number, cells)):
+            header = line.strip()
+            order = slice(None, None, -1) if [cell.lower() for cell in cells] == ["y", "x"] else order
+            continue
+        point = [_number(path, number, name, cell) for name, cell in zip("xy", cells[order], strict=True)]
+        x.append(point[0])
+        y.append(point[1])
+        lines.append(number)
+    if not x:
+        raise ValueError(f"{path}: there is a header, line {rows[0][0]}, but no points below it")
+    _check_labels(path, x, y, lines)
+    return Points(x, y, header)
+
+
+def described(points: Points) -> str:
+    """What was read, so that a reader sees whether it is what the file meant."""
+    header = f', header "{points.header}"' if points.header else ""
+    return f"{len(points.x)} points in [{min(points.x):g}, {max(points.x):g}]{header}"
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.replace("−", "-"))
+    except ValueError:
+        return False
+    return True
+
+
+def _number(path: Path, line: int, name: str, cell: str) -> float:
+    where = f"{path}, line {line}"
+    if not cell:
+        raise ValueError(f"{where}: {name} is missing; fill it in or remove the line")
+    if not _is_number(cell):
+        hint = (
+            f"write {cell.replace(',', '.')}" if _is_number(cell.replace(",", ".")) else "correct it or remove the line"
+        )
+        raise ValueError(f"{where}: {name} = {cell!r} is not a number; {hint}")
+    value = float(cell.replace("−", "-"))  # a typographic minus, as word processors put it
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: {name} = {cell} is not finite; correct it or remove the line")
+    return value
+
+
+def _check_labels(path: Path, x: list[float], y: list[float], lines: list[int]) -> None:
+    wrong = [line for line, label in zip(lines, y, strict=True) if abs(label) != 1]
+    if wrong:
+        zeros = all(label in (0, 1) for label in y)
+        hint = "labels are -1 and +1 here: write -1 instead of 0" if zeros else "labels must be -1 or +1"
+        raise ValueError(f"{path}, {_line_numbers(wrong)}: y = {y[lines.index(wrong[0])]:g}; {hint}")
+    seen: dict[float, list[int]] = {}
+    for row, value in enumerate(x):
+        seen.setdefault(value, []).append(row)
+    for value, rows in seen.items():
+        if len({y[row] for row in rows}) > 1:
+            where = _line_numbers([lines[row] for row in rows])
+            raise ValueError(f"{path}, {where}: x = {value:g} carries both labels; no classifier can fit it: keep one")
+
+
+def _line_numbers(numbers: list[int], limit: int = 5) -> str:
+    shown = ", ".join(map(str, numbers[:limit])) + (f" and {len(numbers) - limit} more" if len(numbers) > limit else "")
+    return f"line{'s' if len(numbers) > 1 else ''} {shown}"
+
+
+def default_folder(trial: Trial, key: int) -> Path:
+    """A folder of its own for every trial and key, so that a study is resumed and never mixed with another."""
+    name = hashlib.sha256(f"{trial.to_json()} {key}".encode()).hexdigest()[:8]
+    return Path("runs") / f"study-{name}"
+
+
+TRIAL_OPTIONS = (
+    "neurons",
+    "width",
+    "samples",
+    "switches",
+    "min_run",
+    "scheme",
+    "scale",
+    "loss",
+    "log_loss",
+    "max_steps",
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("gradflow", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"gradflow {gradflow.__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="{study,flow}")
+    default, trial = " (default: %(default)s)", Trial()
+
+    def add(verb, text):
+        sub = verbs.add_parser(verb.__name__, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(verb=verb)
+        return sub
+
+    def number(of, name, kind, value, text):
+        of.add_argument(name, type=kind, default=value, help=text + default)
+
+    several = add(study, "probabilities over random trials, with exact intervals, a dataset and a figure")
+    count = several.add_mutually_exclusive_group()
+    number(count, "--trials", int, TRIALS, "number of trials")
+    quick = f"{QUICK_TRIALS} trials, to see it work"
+    count.add_argument("--quick", dest="trials", action="store_const", const=QUICK_TRIALS, help=quick)
+    number(several, "--key", int, 0, "seed of all randomness; trial i depends on it and i only")
+    number(several, "--neurons", int, trial.neurons, "r, neurons of the teacher")
+    number(several, "--samples", int, trial.samples, "n, points in a sample")
+    number(several, "--switches", _switches, trial.switches, "label switches of the teacher: a number, or any")
+    number(several, "--min-run", float, trial.min_run, "least probability of a label run")
+    number(several, "--log-loss", float, trial.log_loss, "natural log of the mean loss to stop at")
+    number(several, "--confidence", float, 0.99, "of the intervals")
+    several.add_argument("--path", type=Path, help="folder of the dataset and the figure (default: one under runs/)")
+
+    one = add(flow, "one flow on your own points: a report and a figure")
+    one.add_argument("points", type=Path, help="text file with columns x,y and labels y = -1 or +1")
+    number(one, "--seed", int, 0, "of the initial network")
+    one.add_argument("--log-loss", type=float, help="natural log of the mean loss to stop at (default: when settled)")
+    one.add_argument("--figure", type=Path, help="where to draw (default: named after the points, in this folder)")
+
+    for verb in (several, one):
+        number(verb, "--width", int, trial.width, "k, neurons of the network that learns")
+        verb.add_argument(
+            "--scheme", choices=SCHEMES, default=trial.scheme, help="law of the initial weights" + default
+        )
+        number(verb, "--scale", float, trial.scale, "factor of all initial weights")
+        verb.add_argument("--loss", choices=LOSSES, default=trial.loss, help="loss of one margin" + default)
+        number(verb, "--max-steps", int, trial.max_steps, "most step attempts of one flow")
+    return parser
+
+
+def _switches(text: str) -> int | None:
+    return None if text == "any" else int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

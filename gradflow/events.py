@@ -1,0 +1,209 @@
+"""Where a mode ends: breakpoints that reach a data point, cross it, stick to it or come off again.
+
+Distances are those of u_j = (w_j, b_j) from the line w x_i + b = 0 in the (w, b) plane, positive inside the neuron's
+cell. They are polynomials in time wherever the parameters are, so events within a step are found on a polynomial
+through five of its points.
+
+An event *matters* if ignoring it until the end of the step could move the neuron by more than a tenth of its
+tolerance: by the jump of the field, |v_j| Σ p_i ‖x̃_i‖ over the points passed, times the step. Those that do not are
+passed several at a time.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from gradflow.clarke import Field, Mode, Points, Weights, active_cell, cell_range, find_cell, inactive_cell
+from gradflow.network import ReluNetwork
+
+NODES = np.linspace(
+    0, 1, 5
+)  # where a step is sampled: enough for the quartics that Tsit5 and the cubics that Rodas4 give
+_TO_QUARTIC = np.linalg.inv(np.vander(NODES, 5))
+_SCAN = np.vander(np.linspace(0, 1, 17), 5)
+_RELEASE = 1e-3  # how far μ may be outside [0, 1] at a release: an error in force of 1e-3, for a time that is as short
+
+
+class Tolerance(eqx.Module):
+    """`rtol` and `atol` of the parameters; distances to a line are met to a tenth of rtol ‖u_j‖."""
+
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""]
+
+    def landing(self, net: ReluNetwork) -> Float[Array, " k"]:
+        return 0.5 * self.rtol * jnp.hypot(net.w, net.b)
+
+    def size(self, net: ReluNetwork) -> Float[Array, " k"]:
+        return self.atol + self.rtol * jnp.maximum(jnp.hypot(net.w, net.b), jnp.abs(net.v))
+
+
+def rays(mode: Mode, n: int) -> Int[Array, "2 k"]:
+    """The rays that can be hit next: the two beside a free neuron's cell, a sliding neuron's own (twice)."""
+    lower, upper = (mode.cell - 1) % (2 * n), mode.cell
+    return jnp.where(mode.sliding[None], mode.ray[None], jnp.stack([lower, upper]))
+
+
+def _inward(ray: Int[Array, "..."], upper, n: int):
+    """+1 where a cell is on the active side of `ray`, −1 on the inactive one; `upper`: it is the cell's upper ray."""
+    return jnp.where((ray < n) == upper, 1, -1)
+
+
+def distances(net: ReluNetwork, mode: Mode, points: Points) -> Float[Array, "2 k"]:
+    """Distance of every neuron from its two rays, positive inside the cell; if it slides, the length along its ray."""
+    n = points.x.shape[0]
+    ray = rays(mode, n)
+    x = points.x[ray % n]
+    upper = jnp.array([[False], [True]])
+    raw = (net.w[None] * x + net.b[None]) / jnp.hypot(1, x)
+    along = (net.w[None] - x * net.b[None]) / jnp.hypot(1, x) * jnp.where(ray < n, 1, -1).astype(x.dtype)
+    free = _inward(ray, upper, n).astype(x.dtype) * raw
+    return jnp.where(mode.sliding[None], along, free)
+
+
+class Sides(eqx.Module):
+    """Velocities of the distance u·x̃_i/‖x̃_i‖ on the inactive and on the active side of one ray per neuron."""
+
+    inactive: Float[Array, " k"]
+    active: Float[Array, " k"]
+
+    @property
+    def excess(self) -> Float[Array, " k"]:
+        """How far the sliding condition inactive ≥ 0 ≥ active is from being violated, in [−1, 1]; negative: release."""
+        size = jnp.abs(self.inactive) + jnp.abs(self.active)
+        worst = jnp.minimum(self.inactive, -self.active)
+        return jnp.where(size > 0, worst / jnp.where(size > 0, size, 1), 0)
+
+
+def side_velocities(field: Field, net: ReluNetwork, weights: Weights, ray: Int[Array, " k"]) -> Sides:
+    points, n = field.points, field.points.x.shape[0]
+    i = ray % n
+    x = points.x[i]
+    z = field.pull(weights.p * points.y, *cell_range(inactive_cell(ray, n), n))
+    off = net.v * (z[0] * x + z[1]) / jnp.hypot(1, x)
+    return Sides(off, off + net.v * weights.p[i] * points.y[i] * jnp.hypot(1, x))
+
+
+class Outlook(eqx.Module):
+    """What a step that passed error control runs into.
+
+    - `share`: the part of the step up to the earliest event that matters, +∞ if none;
+    - `passed`: free neurons that left their cell in a way that does not matter;
+    - `released`: sliding neurons whose sliding condition is violated at the end.
+    """
+
+    share: Float[Array, ""]
+    passed: Bool[Array, " k"]
+    released: Bool[Array, " k"]
+
+
+def look_ahead(
+    field: Field, nodes: ReluNetwork, start: Weights, end: Weights, step: Float[Array, ""], tolerance: Tolerance
+) -> Outlook:
+    """The events of one step, from the network at its five `nodes`, each field (5, k)."""
+    points, mode = field.points, field.mode
+    n, dtype = points.x.shape[0], nodes.w.dtype
+    first, *_, last = five = [ReluNetwork(nodes.w[i], nodes.b[i], nodes.v[i]) for i in range(len(NODES))]
+    value = jnp.stack([distances(node, mode, points) for node in five])  # (5, 2, k)
+    quartic = jnp.einsum("ij,jrk->irk", jnp.asarray(_TO_QUARTIC, dtype), value)
+    scan = jnp.einsum("ij,jrk->irk", jnp.asarray(_SCAN, dtype), quartic)  # (17, 2, k)
+    sliding = mode.sliding[None]
+    touch = jnp.where(sliding, 0.1 * tolerance.size(last)[None], tolerance.landing(last)[None])
+    below = scan < -touch[None]
+    hit = jnp.any(below, axis=0)
+    index = jnp.maximum(jnp.argmax(below, axis=0), 1)
+    crossing = _root(quartic, index, len(_SCAN) - 1)
+
+    before = side_velocities(field, first, start, jnp.maximum(mode.ray, 0)).excess
+    after = side_velocities(field, last, end, jnp.maximum(mode.ray, 0)).excess
+    released = mode.sliding & (after < 0)
+    loose = mode.sliding & (after < -_RELEASE)
+    aim = jnp.clip((before + 0.5 * _RELEASE) / jnp.where(before > after, before - after, 1), 0.05, 0.95)
+
+    # The jump of the field over all points passed.
+    heaviest = jnp.maximum(start.p, end.p) * jnp.hypot(1, points.x)
+    ray = rays(mode, n)
+    neighbour = jnp.sum(jnp.where(hit, heaviest[ray % n], 0), axis=0)
+    moved = _passed_weight(heaviest, mode.cell, find_cell(last, points), n)
+    weight = jnp.where(mode.sliding, heaviest[mode.ray % n], jnp.maximum(neighbour, moved))
+    weight = jnp.where(mode.sliding & hit[0], jnp.sum(heaviest), weight)
+    matters = jnp.abs(last.v) * weight * step > 0.1 * tolerance.size(last)
+
+    share = jnp.min(jnp.where(hit & matters[None], crossing, jnp.inf))
+    share = jnp.minimum(share, jnp.min(jnp.where(loose & matters, aim, jnp.inf)))
+    passed = ~mode.sliding & jnp.any(scan[-1] < -touch, axis=0)
+    return Outlook(share, passed, released)
+
+
+def _root(quartic, index, cells: int):
+    """The root in scan cell `index` of quartics (5, ...) that change sign there, by eight bisections and a secant."""
+
+    def value(s):
+        return (((quartic[0] * s + quartic[1]) * s + quartic[2]) * s + quartic[3]) * s + quartic[4]
+
+    high = index.astype(quartic.dtype) / cells
+    low = high - 1 / cells
+    for _ in range(8):
+        middle = 0.5 * (low + high)
+        inside = value(middle) > 0
+        low, high = jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+    a, b = value(low), value(high)
+    return jnp.where(a > b, low + (high - low) * jnp.clip(a / jnp.where(a > b, a - b, 1), 0, 1), high)
+
+
+def _passed_weight(weight, old, new, n: int):
+    """Σ weight over the points that are active in exactly one of two cells."""
+    total = jnp.concatenate([jnp.zeros((1,), weight.dtype), jnp.cumsum(weight)])
+    (a, b), (c, d) = cell_range(old, n), cell_range(new, n)
+    low, high = jnp.maximum(a, c), jnp.maximum(jnp.minimum(b, d), jnp.maximum(a, c))
+    both = total[high] - total[low]
+    return (total[b] - total[a]) + (total[d] - total[c]) - 2 * both
+
+
+def update(
+    field: Field, net: ReluNetwork, weights: Weights, passed, released, tolerance: Tolerance
+) -> tuple[ReluNetwork, Mode, Int[Array, ""]]:
+    """The mode after an accepted step, by the velocities on both sides; neurons on a ray are put exactly there.
+
+    Returns the network, the mode and the number of events.
+    """
+    mode, points = field.mode, field.points
+    n = points.x.shape[0]
+    cell = jnp.where(passed, find_cell(net, points), mode.cell)
+    mode = Mode(cell, mode.ray)
+    gap, ray = distances(net, mode, points), rays(mode, n)
+    nearer = jnp.abs(gap[1]) < jnp.abs(gap[0])
+    ray = jnp.where(nearer, ray[1], ray[0])
+    if n == 1:  # both rays lie on one line; the breakpoint's direction tells which is meant
+        ray = jnp.where(mode.sliding, ray, jnp.where(net.w > 0, 0, 1))
+    near = jnp.where(nearer, gap[1], gap[0])
+    sides = side_velocities(field, net, weights, ray)
+    inside = jnp.where(mode.cell == active_cell(ray, n), sides.active, -sides.inactive)
+    touching = ~mode.sliding & (jnp.abs(near) <= tolerance.landing(net)) & (inside < 0)
+
+    # Through the origin of the (w, b) plane, along the ray: out on the opposite one.
+    outward = field.combine(net, weights.p)
+    tangent = field.tangent()
+    speed = outward.w * tangent[0] + outward.b * tangent[1]
+    through = mode.sliding & (gap[0] <= 0.1 * tolerance.size(net)) & (speed < 0)
+    opposite = (mode.ray + n) % (2 * n)
+    ray = jnp.where(through, opposite, ray)
+    there = side_velocities(field, net, weights, ray)
+    sides = Sides(jnp.where(through, there.inactive, sides.inactive), jnp.where(through, there.active, sides.active))
+
+    decided = touching | released | through
+    slides = decided & ~released & (sides.inactive > 0) & (sides.active < 0)
+    # Off the ray: across it for an arrival, else to the side whose own velocity leads away from it (at the origin,
+    # where none may, to the inactive one: max(0, ·)' = 0 at 0).
+    to_inactive = jnp.where(through, ~(sides.active > 0), sides.inactive < 0)
+    to_inactive = jnp.where(touching, mode.cell == active_cell(ray, n), to_inactive)
+    beside = jnp.where(to_inactive, inactive_cell(ray, n), active_cell(ray, n))
+    beside = jnp.where(decided & ~slides, beside, mode.cell).astype(mode.cell.dtype)
+    new = Mode(beside, jnp.where(decided, jnp.where(slides, ray, -1), mode.ray))
+
+    x = points.x[ray % n]
+    along = (net.w - x * net.b) / (1 + x**2)
+    along = jnp.where(through, 0, along)
+    on = decided | new.sliding
+    net = ReluNetwork(jnp.where(on, along, net.w), jnp.where(on, -x * along, net.b), net.v)
+    return net, new, jnp.sum(decided) + jnp.sum(passed)

@@ -1,0 +1,131 @@
+"""When an integration stops, how it ended, and what it found."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gradflow.network import ReluNetwork, is_concrete
+
+
+class Status(eqx.Enumeration):
+    """How an integration ended. Printing a value gives its sentence."""
+
+    running = "Still running."
+    reached = "Reached what `until` asked for."
+    settled = "The direction has settled: velocity and position are parallel to the tolerance of `until`."
+    stalled = (
+        "Stalled at a stationary point with positive loss: training failed, a true outcome. Another initialisation or "
+        "a wider network may do better."
+    )
+    not_separable = "Some point carries both labels, so that no network classifies the data: remove one of them."
+    step_limit = "Stopped at `max_steps` before `until` was met. Raise `max_steps`, or ask for less."
+    step_too_small = (
+        "The step size fell below rounding: the tolerance is finer than the float dtype can meet. Loosen `rtol` and "
+        "`atol`, or use float64."
+    )
+    non_finite = (
+        "The weights are not finite, at the start or after a step. Check the initialisation and the data's scale."
+    )
+
+
+class Until(eqx.Module):
+    """When to stop: at the first accepted step at which any of these holds.
+
+    **Arguments** `time`: rescaled time τ (met exactly); `log_loss`: natural log of the mean loss, at or below; `norm`:
+    ‖θ‖, at or above. With none of them, the flow stops when its direction has settled: when the angle between θ and
+    dθ/dτ, whose tangent is the relative KKT residual of θ for the natural multipliers, has a tangent of at most
+    `settled`. That is asked for only if nothing else is. Values are traced: another number does not recompile.
+    """
+
+    time: Float[Array, ""]
+    log_loss: Float[Array, ""]
+    norm: Float[Array, ""]
+    settled: Float[Array, ""]
+
+    def __init__(self, time=None, log_loss=None, norm=None, *, settled=None):
+        if settled is not None and not (time is None and log_loss is None and norm is None):
+            raise ValueError("`settled` is used only without time, log_loss and norm: give one or the other")
+        settles = time is None and log_loss is None and norm is None
+        self.time = jnp.asarray(jnp.inf if time is None else time, float)
+        self.log_loss = jnp.asarray(-jnp.inf if log_loss is None else log_loss, float)
+        self.norm = jnp.asarray(jnp.inf if norm is None else norm, float)
+        self.settled = jnp.asarray((0.05 if settled is None else settled) if settles else -1.0, float)
+        for name in ("time", "log_loss", "norm", "settled"):
+            value = getattr(self, name)
+            if value.ndim != 0 or (is_concrete(value) and bool(jnp.isnan(value))):
+                raise ValueError(f"until.{name} must be one number, got {value}")
+
+
+class Path(eqx.Module):
+    """Snapshots along a flow, evenly spread over its accepted steps, S slots of which the first `count` are filled.
+
+    `time` τ, `log_time`, `log_loss`, `margin`, each (S,); `network` with weights (S, k). Empty slots are NaN.
+    `stride` is the number of accepted steps from one to the next; the last filled slot is the end of the flow.
+    """
+
+    time: Float[Array, " S"]
+    log_time: Float[Array, " S"]
+    log_loss: Float[Array, " S"]
+    margin: Float[Array, " S"]
+    network: ReluNetwork
+    count: Int[Array, ""]
+    stride: Int[Array, ""]
+
+
+class Flow(eqx.Module):
+    """The end of an integration. `print(flow)` reports it in words; `flow.check()` raises if it did not succeed.
+
+    - `final`: the network θ(τ);
+    - `status`: how it ended;
+    - `time`: rescaled time τ; `log_time`: natural log of physical time t (−inf at t = 0);
+    - `log_loss`: log of the mean loss; `margin`: γ = min_i q_i/‖θ‖²;
+    - `separated`: whether the loss is below ℓ(0)/n, which proves perfect training accuracy from here on;
+    - `residual`: tangent of the angle between θ and dθ/dτ, the relative KKT residual of θ for natural multipliers;
+    - `drift`: max_j |Δ(v_j² − w_j² − b_j²)| since the start, over the final ‖θ‖²; 0 for the exact flow;
+    - `steps`, `rejected`: accepted and rejected step attempts;
+    - `events`: how often a breakpoint crossed a data point, stuck to one or came off one;
+    - `sliding` (k,): the data point that each neuron's breakpoint sticks to at the end, NaN for none;
+    - `path`: snapshots if `save` asked for them, else `None`.
+    """
+
+    final: ReluNetwork
+    status: Status
+    time: Float[Array, ""]
+    log_time: Float[Array, ""]
+    log_loss: Float[Array, ""]
+    margin: Float[Array, ""]
+    separated: Bool[Array, ""]
+    residual: Float[Array, ""]
+    drift: Float[Array, ""]
+    steps: Int[Array, ""]
+    rejected: Int[Array, ""]
+    events: Int[Array, ""]
+    sliding: Float[Array, " k"]
+    path: Path | None
+
+    @property
+    def success(self) -> Bool[Array, ""]:
+        """Whether the flow did what was asked: reached or settled."""
+        return (self.status == Status.reached) | (self.status == Status.settled)
+
+    def check(self) -> "Flow":
+        """This flow, or a `RuntimeError` with the status's advice. For people; not for jit or vmap."""
+        if not bool(self.success):
+            raise RuntimeError(f"{Status[self.status]} ({self._numbers()})")
+        return self
+
+    def _numbers(self) -> str:
+        return (
+            f"time {self.time:.6g}, log time {self.log_time:.6g}, log loss {self.log_loss:.6g}, "
+            f"margin {self.margin:.6g}, {self.steps} steps"
+        )
+
+    def __repr__(self) -> str:
+        if not is_concrete(self.time) or self.time.ndim:
+            return super().__repr__()
+        accuracy = "all points classified, for good" if self.separated else "not (yet) provably all points classified"
+        return (
+            f"Flow of {self.final.width} neurons: {Status[self.status]}\n"
+            f"  {self._numbers()} ({self.rejected} rejected)\n"
+            f"  {accuracy}; balancedness drift {self.drift:.1e}, KKT residual {self.residual:.1e}"
+        )
