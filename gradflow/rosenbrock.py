@@ -82,13 +82,12 @@ class Rodas4(diffrax.AbstractAdaptiveSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
-        field = terms.vector_field
         h = t1 - t0
         # A lane that is done steps with h = 0: a positive stand-in keeps reverse-mode derivatives finite there.
         h = jnp.where(h > 0, h, jnp.asarray(1e-3, h.dtype))
         sigma = 1 / (h * _GAMMA)
-        resolvent = getattr(field, "resolvent", None)
-        solve = dense_resolvent(lambda y: field(t0, y, args), y0, sigma) if resolvent is None else resolvent(y0, sigma)
+        own = getattr(getattr(terms, "vector_field", None), "resolvent", None)
+        solve = dense_resolvent(lambda y: terms.vf(t0, y, args), y0, sigma) if own is None else own(y0, sigma)
         stages: list = []
         point = y0
         for i in range(6):
@@ -96,7 +95,7 @@ class Rodas4(diffrax.AbstractAdaptiveSolver):
                 point = _add(point, [stages[4]], (1.0,))
             elif i:
                 point = _add(y0, stages, _A[i])
-            slope = field(t0, point, args)
+            slope = terms.vf(t0, point, args)
             stages.append(solve(_add(slope, stages, [c / h for c in _C[i]])))
         y1 = _add(point, [stages[5]], (1.0,))
         zero = jax.tree.map(jnp.zeros_like, y0)
