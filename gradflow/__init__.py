@@ -22,8 +22,20 @@ from gradflow.piecewise import Piecewise as Piecewise
 from gradflow.piecewise import knots as knots
 from gradflow.piecewise import linear_regions as linear_regions
 from gradflow.piecewise import sign_changes as sign_changes
+from gradflow.statistics import Probability as Probability
+from gradflow.statistics import estimate_probability as estimate_probability
+from gradflow.study import Claim as Claim
+from gradflow.study import claims as claims
+from gradflow.study import load as load
+from gradflow.study import replay as replay
+from gradflow.study import run_study as run_study
+from gradflow.study import summary as summary
 from gradflow.teacher import Teacher as Teacher
 from gradflow.teacher import max_switches as max_switches
 from gradflow.teacher import population_error as population_error
+from gradflow.trial import Record as Record
+from gradflow.trial import Trial as Trial
+from gradflow.trial import Verdict as Verdict
+from gradflow.trial import region_bound as region_bound
 
 __version__ = "0.1.0"

@@ -13,15 +13,16 @@ from tqdm import tqdm
 
 import gradflow
 from gradflow.data import Dataset
-from gradflow.flow import Flow, Until, integrate
+from gradflow.flow import integrate
 from gradflow.loss import LOSSES
 from gradflow.network import SCHEMES, ReluNetwork
+from gradflow.outcome import Flow, Until
 from gradflow.piecewise import knots, linear_regions
 from gradflow.plot import flow_figure, study_figure
 from gradflow.study import FILE, run_study, summary
 from gradflow.trial import SENSITIVITY, Trial
 
-TRIALS, QUICK_TRIALS = 1024, 32
+TRIALS, QUICK_TRIALS = 768, 32
 SNAPSHOTS = 200
 DPI = 200
 FIGURES = (".png", ".pdf", ".svg")

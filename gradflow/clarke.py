@@ -137,11 +137,19 @@ class Field(eqx.Module):
     rank: int = eqx.field(static=True)
 
     def margins(self, net: ReluNetwork) -> Float[Array, " n"]:
-        """q_i, each neuron taken as linear on its active range; O(n + k) by running sums."""
+        """q_i, each neuron taken as linear on its active range; O(n + k)."""
+        return self._values(net.v * net.w, net.v * net.b)
+
+    def respond(self, net: ReluNetwork, change: ReluNetwork) -> Float[Array, " n"]:
+        """∂q·change: how the margins answer to a small change of the parameters; O(n + k)."""
+        return self._values(net.v * change.w + change.v * net.w, net.v * change.b + change.v * net.b)
+
+    def _values(self, slope: Float[Array, " k"], offset: Float[Array, " k"]) -> Float[Array, " n"]:
+        """y_i Σ_j (slope_j x_i + offset_j) over the neurons active at x_i, by running sums."""
         n = self.points.x.shape[0]
         low, high = self.mode.active(n)
-        lines = jnp.stack([net.v * net.w, net.v * net.b])
-        total = jnp.cumsum(jnp.zeros((2, n + 1), net.w.dtype).at[:, low].add(lines).at[:, high].add(-lines), axis=1)
+        lines = jnp.stack([slope, offset])
+        total = jnp.cumsum(jnp.zeros((2, n + 1), slope.dtype).at[:, low].add(lines).at[:, high].add(-lines), axis=1)
         return self.points.y * (total[0, :n] * self.points.x + total[1, :n])
 
     def weights(self, net: ReluNetwork) -> Weights:
@@ -181,10 +189,6 @@ class Field(eqx.Module):
         z = self.project(self.pull(force * self.points.y, *self.mode.active(self.points.x.shape[0])))
         return ReluNetwork(net.v * z[0], net.v * z[1], z[0] * net.w + z[1] * net.b)
 
-    def respond(self, net: ReluNetwork, change: ReluNetwork) -> Float[Array, " n"]:
-        """∂q·change: how the margins answer to a small change of the parameters."""
-        return jax.jvp(self.margins, (net,), (change,))[1]
-
     def __call__(self, time, y, args):
         net, clock = y
         weights = self.weights(net)
@@ -205,7 +209,7 @@ class Field(eqx.Module):
         return jnp.maximum(jnp.sum(share) - jnp.sum(jax.lax.top_k(share, self.rank)[0]), 0)
 
     def resolvent(self, y, sigma):
-        """r ↦ (σ I − J)^{−1} r, with J the Jacobian of this field at `y`.
+        """r ↦ (σ I − J)^{−1} r, with J the Jacobian of this field at `y`; r must keep sliding neurons on their rays.
 
         J = B − Qᵀ C Q: B is block-diagonal with the 3×3 blocks (0, z; zᵀ, 0) per neuron, Q = ∂q/∂θ, and
         C = diag(c) − p cᵀ from the softmax. Only the `rank` points with the largest c_i ‖∂q_i‖² are kept in C, so that
@@ -214,43 +218,90 @@ class Field(eqx.Module):
         net, clock = y
         n = self.points.x.shape[0]
         weights = self.weights(net)
-        low, high = self.mode.active(n)
-        z = self.project(self.pull(weights.p * self.points.y, low, high))
+        z = self.project(self.pull(weights.p * self.points.y, *self.mode.active(n)))
         determinant = sigma**2 - jnp.sum(z**2, axis=0)
 
-        def blocks(w, b, v):
-            """(σ I − B)^{−1} for one right-hand side of parts (k,)."""
-            along = (sigma * v + z[0] * w + z[1] * b) / determinant
-            return (w + z[0] * along) / sigma, (b + z[1] * along) / sigma, along
+        def blocks(r: ReluNetwork) -> ReluNetwork:
+            """(σ I − B)^{−1} r."""
+            v = (sigma * r.v + z[0] * r.w + z[1] * r.b) / determinant
+            return ReluNetwork((r.w + z[0] * v) / sigma, (r.b + z[1] * v) / sigma, v)
 
-        _, kept = jax.lax.top_k(weights.c * self.squared_gradients(net), self.rank)
+        kept = jnp.arange(n, dtype=jnp.int32)
+        if self.rank < n:
+            kept = jax.lax.top_k(weights.c * self.squared_gradients(net), self.rank)[1]
         p, c = weights.p[kept], weights.c[kept]
+        # (I + C G)^{−1} C for C = diag(c) − p cᵀ and G = Q (σI − B)^{−1} Qᵀ: with s = √c, the inverse of the symmetric
+        # positive definite K = I + diag(s) G diag(s), and Sherman and Morrison's formula for p cᵀ.
+        s = jnp.sqrt(c)
+        inverse = inverse_of_positive_definite(
+            jnp.eye(self.rank, dtype=s.dtype) + s[:, None] * self._gram(net, z, sigma, determinant, kept) * s[None, :]
+        )
+        e = jnp.where(c > 0, p / jnp.where(c > 0, s, 1), 0)
+        inverse_e = inverse @ e
+        denominator = (1 - jnp.sum(p)) + s @ inverse_e
 
-        def row(i):
-            """∂q_i, as its parts for w, b and v."""
-            x, y_ = self.points.x[i], self.points.y[i]
-            active = jnp.where((low <= i) & (i < high), y_, 0)
-            u = self.project(jnp.stack([active * x, active])) * net.v[None]
-            return u[0], u[1], active * (net.w * x + net.b)
+        def pull_back(response):
+            """(I + C G)^{−1} C · response."""
+            y = s * response - e * (c @ response)
+            k = inverse @ y
+            return s * (k + inverse_e * ((s @ (y - k)) / denominator))
 
-        gradients = jax.vmap(row)(kept)
-        rows, solved = jnp.concatenate(gradients, axis=1), jnp.concatenate(jax.vmap(blocks)(*gradients), axis=1)
-        gram = rows @ solved.T
-        core = jnp.eye(self.rank, dtype=p.dtype) + c[:, None] * gram - p[:, None] * (c @ gram)[None, :]
-        # One inverse instead of a pair of triangular solves a stage: those cost more than all the rest of a batched
-        # step.
-        inverse = jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(core), jnp.eye(self.rank, dtype=p.dtype))
         rate = jnp.exp(-clock - weights.log_rate - self.log_unit)
         sway = self.combine(net, weights.c)
 
         def solve(right):
             change, tick = right
-            first = jnp.concatenate(blocks(change.w, change.b, change.v))
-            response = rows @ first
-            response = c * response - p * jnp.sum(c * response)
-            w, b, v = jnp.split(first - (inverse @ response) @ solved, 3)
-            out = ReluNetwork(w, b, v)
+            first = blocks(change)
+            force = pull_back(self.respond(net, first)[kept])
+            force = force if self.rank == n else jnp.zeros_like(self.points.x).at[kept].set(force)
+            out = jax.tree.map(jnp.subtract, first, blocks(self.combine(net, force)))
             pushed = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(sway), jax.tree.leaves(out), strict=True))
             return out, (tick + rate * pushed) / (sigma + rate)
 
         return solve
+
+    def _gram(self, net: ReluNetwork, z, sigma, determinant, kept) -> Float[Array, "r r"]:
+        """Q (σ I − B)^{−1} Qᵀ for the points `kept`, in O(n + k + r²).
+
+        A neuron adds y_i y_l x̃_iᵀ M_j x̃_l where it is active at both points, M_j = (v² I + a aᵀ/(σ² − ‖z‖²))/σ with
+        a = v z + σ u (I becomes the projection where it slides). For x_i ≤ x_l those are the right-facing neurons
+        active at x_i and the left-facing ones active at x_l: two running sums of M_j.
+        """
+        n = self.points.x.shape[0]
+        a = net.v[None] * z + sigma * jnp.stack([net.w, net.b])
+        tangent = jnp.where(self.mode.sliding[None], self.tangent(), 1)
+        cross = jnp.where(self.mode.sliding, tangent[0] * tangent[1], 0)
+        identity = jnp.stack([tangent[0] ** 2, cross, tangent[1] ** 2])
+        outer = jnp.stack([a[0] ** 2, a[0] * a[1], a[1] ** 2])
+        moment = (net.v[None] ** 2 * identity + outer / determinant[None]) / sigma
+        low, high = self.mode.active(n)
+        right, left = jnp.where((high == n)[None], moment, 0), jnp.where(((high < n) & (high > 0))[None], moment, 0)
+        empty = jnp.zeros((3, n), moment.dtype)
+        # A neuron active nowhere has high = 0 and low = 0, and is in neither sum.
+        rightward = jnp.cumsum(empty.at[:, jnp.minimum(low, n - 1)].add(right), axis=1)
+        leftward = jnp.cumsum(empty.at[:, jnp.maximum(high - 1, 0)].add(left)[:, ::-1], axis=1)[:, ::-1]
+        first, second = jnp.minimum(kept[:, None], kept[None, :]), jnp.maximum(kept[:, None], kept[None, :])
+        h = rightward[:, first] + leftward[:, second]
+        x, y = self.points.x[kept], self.points.y[kept]
+        value = h[0] * (x[:, None] * x[None, :]) + h[1] * (x[:, None] + x[None, :]) + h[2]
+        return value * (y[:, None] * y[None, :])
+
+
+def inverse_of_positive_definite(matrix: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """The inverse, by Gauss–Jordan elimination in place; positive definite matrices need no pivoting.
+
+    Not LAPACK's: on a CPU, JAX's batched factorisations wait inside XLA's thread pool for tasks in that same pool, so
+    that two programs at once can wait for ever (seen with jaxlib 0.10.2), and their batched triangular solves are
+    slower.
+    """
+    index = jnp.arange(matrix.shape[0])
+
+    def eliminate(k, a):
+        row, column = a[k, :], a[:, k]
+        pivot = 1 / row[k]
+        here = index == k
+        row, factor = jnp.where(here, 1, row) * pivot, jnp.where(here, -1, column)
+        rest = jnp.where(here[:, None] | here[None, :], 0, a)
+        return rest - factor[:, None] * row[None, :]
+
+    return jax.lax.fori_loop(0, matrix.shape[0], eliminate, matrix)

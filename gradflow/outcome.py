@@ -28,6 +28,19 @@ class Status(eqx.Enumeration):
     )
 
 
+# The names of `Status` in the order of their codes in a record; Equinox's enumerations do not tell their own.
+STATUSES = (
+    "running",
+    "reached",
+    "settled",
+    "stalled",
+    "not_separable",
+    "step_limit",
+    "step_too_small",
+    "non_finite",
+)
+
+
 class Until(eqx.Module):
     """When to stop: at the first accepted step at which any of these holds.
 

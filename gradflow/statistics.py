@@ -50,7 +50,7 @@ def estimate_probability(successes, resolved, confidence=0.99, *, unresolved=0) 
     inverts a binomial tail of probability (1 − `confidence`)/2.
 
     >>> print(estimate_probability(98, 100))
-    0.9800 [0.9103, 0.9990] at 99 %
+    0.9800 [0.9106, 0.9990] at 99 %
     """
     successes = _count("successes", successes)
     resolved = _count("resolved", resolved)

@@ -29,9 +29,9 @@ import jax.random as jr
 import numpy as np
 import xarray as xr
 
-from gradflow.flow import Flow, Status
+from gradflow.outcome import STATUSES, Flow, Status
 from gradflow.statistics import Probability, estimate_probability
-from gradflow.trial import STATUSES, Record, Trial, Verdict, record, region_bound
+from gradflow.trial import Record, Trial, Verdict, record, region_bound
 
 FILE = "study.nc"
 _CHECKPOINT = 60.0  # seconds between saves of an unfinished study; saving takes milliseconds
@@ -60,6 +60,8 @@ _VARIABLES: dict[str, tuple[type, str, dict[int, str] | None]] = {
     "margin": (np.float64, "normalised margin min_i q_i / rho^2 at the end", None),
     "residual": (np.float64, "tangent of the angle between theta and its velocity at the end", None),
     "drift": (np.float64, "largest drift of a balance v^2 - w^2 - b^2, over rho^2", None),
+    "events": (np.int32, "crossings, slides and releases of breakpoints at points", None),
+    "sliding": (np.int32, "neurons whose breakpoint sticks to a point at the end", None),
     "steps": (np.int32, "accepted steps", None),
     "rejected": (np.int32, "rejected step attempts", None),
 }
@@ -84,8 +86,8 @@ def run_study(
     - `path`: a directory to keep the study in, made if need be, as the file `study.nc` (netCDF). If it holds a study of
       the same trial and key already, only what is missing is run. Finished trials are saved every minute and when the
       study is interrupted (Ctrl-C waits for the batches under way);
-    - `batch`: trials in one compiled call. A batch takes as long as its slowest trial: the default is small on CPUs,
-      where several run at once in threads, and large elsewhere;
+    - `batch`: trials in one compiled call, which takes as long as its slowest trial. The default is small on CPUs,
+      where several calls run at once in threads, and large elsewhere;
     - `progress`: called as `progress(done, counts)` whenever a batch is done, with the number of finished trials and a
       mapping that says how many hold, fail and are unresolved.
 
@@ -113,9 +115,6 @@ def run_study(
         file.parent.mkdir(parents=True, exist_ok=True)
     begun, stamp = time.monotonic(), _provenance(trial, key)
 
-    def result() -> xr.Dataset:
-        return _dataset(parts, stamp, old, time.monotonic() - begun)
-
     # Compiled once, here: threads that found it missing would each compile it.
     run = _batch.lower(trial.sizes, values, key, np.zeros(batch, np.uint32)).compile()
     # A compiled call lets go of Python's lock, so that threads fill the cores of a CPU; other devices have a queue.
@@ -128,17 +127,17 @@ def run_study(
             parts[futures[future]] = future.result()
             _report(progress, parts)
             if file is not None and time.monotonic() - saved > _CHECKPOINT and 0 in parts:
-                _save(result(), file)
                 saved = time.monotonic()
+                _save(_dataset(parts, stamp, old, saved - begun), file)
     finally:
         # Batches begin in order, so those that were allowed to end are an unbroken run from trial 0.
         pool.shutdown(wait=True, cancel_futures=True)
         over = [future for future in futures if not future.cancelled() and future.exception() is None]
         parts.update({futures[future]: future.result() for future in over})
-        dataset = result() if 0 in parts else None
-        if file is not None and dataset is not None:
-            _save(dataset, file)
-    return dataset
+        seconds = time.monotonic() - begun
+        if file is not None and 0 in parts:
+            _save(_dataset(parts, stamp, old, seconds), file)
+    return _dataset(parts, stamp, old, seconds)
 
 
 @functools.partial(jax.jit, static_argnums=0)

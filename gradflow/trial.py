@@ -28,14 +28,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gradflow.data import Dataset
 from gradflow.distribution import DISTRIBUTIONS, Distribution, Uniform
-from gradflow.flow import FLOAT32_LOG_LOSS, Flow, Status, Until, integrate
-from gradflow.loss import LOSSES, Loss
+from gradflow.flow import FLOAT32_LOG_LOSS, integrate
+from gradflow.loss import LOSSES
 from gradflow.network import SCHEMES, ReluNetwork
+from gradflow.outcome import STATUSES, Flow, Status, Until
 from gradflow.piecewise import linear_regions
 from gradflow.teacher import Teacher, max_switches, population_error
-
-# The names of `Status` in the order of their codes in a record; Equinox's enumerations do not tell their own.
-STATUSES = tuple("running reached settled stalled not_separable step_limit step_too_small non_finite".split())
 
 # Half a decade down and up: the tolerances of the region count are conventions, and a count that hangs on them is none.
 SENSITIVITY = (10**-0.5, 1.0, 10**0.5)
@@ -69,7 +67,7 @@ class Record(NamedTuple):
     - `regions`: effective number of linear regions of the final network; `regions_low`, `regions_high`: the least and
       most over both tolerances times 10^{−1/2}, 1 and 10^{1/2}; all three 0 if the network is not finite;
     - `population_error`: probability of a wrong label, NaN if the network is not finite;
-    - `time` (rescaled, τ), `log_time`, `log_loss`, `margin`, `residual`, `drift`, `steps`, `rejected`: as in `Flow`.
+    - `sliding`: how many neurons' breakpoints stick to a point at the end; the rest is as in `Flow`.
     """
 
     verdict: Int[Array, ""]
@@ -90,6 +88,8 @@ class Record(NamedTuple):
     margin: Float[Array, ""]
     residual: Float[Array, ""]
     drift: Float[Array, ""]
+    events: Int[Array, ""]
+    sliding: Int[Array, ""]
     steps: Int[Array, ""]
     rejected: Int[Array, ""]
 
@@ -162,15 +162,15 @@ class Trial:
     def __init__(
         self,
         neurons=4,
-        width=64,
-        samples=100,
-        switches=3,
+        width=32,
+        samples=50,
+        switches=4,
         min_run=0.05,
         distribution=None,
         scheme="balanced",
         scale=1.0,
         loss="exponential",
-        log_loss=-10.0,
+        log_loss=-1000.0,
         merge=0.01,
         drop=0.01,
         rtol=1e-6,
@@ -237,7 +237,8 @@ class Trial:
         for complaint, odd in (("lacks", names - content.keys()), ("has unknown", content.keys() - names)):
             if odd:
                 raise ValueError(f"this trial {complaint} {', '.join(sorted(odd))}")
-        return cls(**content | {"distribution": _from_plain(content["distribution"])})
+        content["distribution"] = _from_plain(content["distribution"])
+        return cls(**content)
 
     @property
     def sizes(self) -> Sizes:
@@ -266,11 +267,7 @@ class Trial:
         return _run(self.sizes, self.values, key)
 
     def flow(self, key: PRNGKeyArray, save: int | None = None) -> Flow:
-        """The very same trial as a `Flow`, with up to `save` snapshots along the way.
-
-        A batch and a single run round differently, so numbers agree with `run`'s to the integration tolerance, not to
-        the last digit.
-        """
+        """The very same trial as a `Flow`, with up to `save` snapshots; equal to `run`'s up to the tolerance."""
         sizes, values = self.sizes, self.values
         _, data, net = _draw(sizes, values, key)
         return _integrate(sizes, values, data, net, save)
@@ -334,14 +331,15 @@ def judge(sizes: Sizes, values: Values, teacher: Teacher, data: Dataset, flow: F
         margin=flow.margin,
         residual=flow.residual,
         drift=flow.drift,
+        events=flow.events,
+        sliding=jnp.sum(jnp.isfinite(flow.sliding)),
         steps=flow.steps,
         rejected=flow.rejected,
     )
 
 
 def _integrate(sizes, values, data, net, save=None) -> Flow:
-    loss: Loss = LOSSES[sizes.loss]()
-    until = Until(log_loss=values.log_loss)
+    loss, until = LOSSES[sizes.loss](), Until(log_loss=values.log_loss)
     return integrate(net, data, loss, until, rtol=values.rtol, atol=values.atol, save=save, max_steps=values.max_steps)
 
 

@@ -62,7 +62,7 @@ class Reference:
             # 1e-13 late, lest a neuron that dies exactly on its last point be seen to cross for ever.
             for i in range(self.x.size):
                 sign = 1 if self.active[j, i] else -1
-                out.append((lambda t, s, j=j, i=i, g=sign: g * (s[j] * self.x[i] + s[self.k + j]) + 1e-13, j, i, ''))
+                out.append((lambda t, s, j=j, i=i, g=sign: g * (s[j] * self.x[i] + s[self.k + j]) + 1e-13, j, i, ""))
         return out
 
     def run(self, time, rtol=1e-12):

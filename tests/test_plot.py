@@ -1,0 +1,204 @@
+"""Figures: what is drawn is what is there, every axis is labelled, and nothing is too small to read."""
+
+import dataclasses
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from gradflow import Dataset, Path, ReluNetwork, Teacher, Until, integrate, plot
+from gradflow.statistics import estimate_probability
+from gradflow.study import Claim
+from gradflow.trial import Trial, Verdict
+
+# N(x) = |x| − (x + 1/4): right on all of these points but the last.
+NET = ReluNetwork([1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.25, -0.25], [1.0, 1.0, -1.0, 1.0])
+DATA = Dataset([-1.0, -0.5, 0.5, 2.0], [1.0, 1.0, -1.0, 1.0])
+
+
+@pytest.fixture
+def ax():
+    return Figure(figsize=(3.5, 2.5)).add_subplot()
+
+
+def labels(ax):
+    return ax.get_xlabel(), ax.get_ylabel()
+
+
+def by_label(artists, label):
+    (found,) = [artist for artist in artists if artist.get_label() == label]
+    return found
+
+
+def snapshots(log_time, w, b, v):
+    """A path through the given weights, (S, k) each, with one empty slot at its end."""
+    empty = [np.nan] * len(w[0])
+    net = jax.vmap(ReluNetwork)(*(jnp.asarray([*a, empty]) for a in (w, b, v)))
+    time = jnp.asarray([*log_time, np.nan])
+    return Path(time, time, -time, 0.1 * time, net, jnp.asarray(len(log_time)), jnp.asarray(1))
+
+
+def trials(verdicts, regions, errors):
+    """A study of these trials, by hand; the region count varies by one either way with the tolerances."""
+    regions, verdicts = np.asarray(regions), np.asarray(verdicts, np.int8)
+    columns = {
+        "verdict": verdicts,
+        "accuracy_verdict": verdicts,
+        "regions_verdict": verdicts,
+        "regions": regions,
+        "regions_low": regions - 1,
+        "regions_high": regions + 1,
+        "sample_switches": np.full_like(regions, 3),
+        "population_error": np.asarray(errors),
+    }
+    return xarray.Dataset(
+        {name: ("trial", column) for name, column in columns.items()}, attrs={"trial": Trial().to_json()}
+    )
+
+
+H, F, U = Verdict.holds.value, Verdict.fails.value, Verdict.unresolved.value
+STUDY = trials([H, H, F, U], [4, 5, 5, 9], [0.001, 0.02, 0.5, np.nan])
+
+
+def test_function_is_the_network_itself(ax):
+    points = np.array([-1.3, 0.9, 2.0])
+    net = ReluNetwork([1.0, -2.0, 0.5], [0.3, 0.1, -0.4], [1.0, 0.7, -2.0])
+    data = Dataset(points, np.sign(np.asarray(net(points))))
+    artists = plot.function(ax, net, data)
+    x, y = by_label(artists, "N(x)").get_data()
+    dense = np.linspace(*ax.get_xlim(), 1001)
+    smallest = np.min(np.abs(np.asarray(net(points))))
+    np.testing.assert_allclose(np.interp(dense, x, y) * smallest, net(dense), rtol=0, atol=1e-13)
+    assert np.min(np.abs(np.interp(points, x, y))) == pytest.approx(1)
+    assert {line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"} == {-1, 1}
+    assert labels(ax) == ("input x (units of the data)", "N(x) / min q")
+
+
+def test_function_shows_labels_knots_and_misclassified_points(ax):
+    artists = plot.function(ax, NET, DATA)
+    assert ax.get_ylabel() == "N(x) / max |N|"  # N(2) = −1/4 is on the wrong side: no margin
+    np.testing.assert_array_equal(by_label(artists, "y = +1").get_xdata(), [-1, -0.5, 2])
+    np.testing.assert_array_equal(by_label(artists, "y = −1").get_xdata(), [0.5])
+    assert not [line for line in ax.lines if line.get_linestyle() == "--"]
+
+
+def test_function_marks_knots_by_the_counting_rule():
+    net = ReluNetwork([1.0, 1.0, 1.0], [0.0, -0.001, -1.0], [1.0, 1.0, -3.0])
+    drawn = [plot.function(Figure().add_subplot(), net, merge=merge) for merge in (0.0, 0.01)]
+    counts = [by_label(artists, "knots").get_xdata().size for artists in drawn]
+    assert counts == [3, 2]
+
+
+def test_function_paints_the_teacher(ax):
+    teacher = Teacher(ReluNetwork([1.0, 1.0, -1.0, 1.0], [0.0, -1.0, 0.0, 1.0], [1.0, -3.0, 2.0, -0.5]))
+    patches = [artist for artist in plot.function(ax, NET, DATA, teacher) if artist in ax.patches]
+    switches = np.asarray(teacher.switches)
+    low, high = ax.get_xlim()
+    inside = switches[(switches > low) & (switches < high)]
+    assert inside.size
+    np.testing.assert_allclose([p.get_x() for p in patches], [low, *inside])
+    middles = np.array([p.get_x() + p.get_width() / 2 for p in patches])
+    colours = [plot.BLUE if label > 0 else plot.VERMILLION for label in np.asarray(teacher(middles))]
+    assert [to_hex(p.get_facecolor()).upper() for p in patches] == colours
+
+
+def test_breakpoints_follow_the_neurons_and_break_where_they_turn_round(ax):
+    # The first neuron moves from −1 to 1/2; the second turns round between the snapshots (w changes sign).
+    path = snapshots([-np.inf, 1.0, 3.0], [[1, 1], [1, 1], [1, -1]], [[1, 0], [1, 0], [-0.5, 0]], [[1, -1]] * 3)
+    artists = plot.breakpoints(ax, path, DATA)
+    (lines,) = [artist for artist in artists if isinstance(artist, LineCollection)]
+    np.testing.assert_array_equal(lines.get_segments(), [[[1, -1], [3, 0.5]]])
+    assert to_hex(lines.get_colors()[0]).upper() == plot.GREEN
+    assert len(artists) == 1 + DATA.samples
+    assert labels(ax) == ("log time, log t", "breakpoint −b/w (units of x)")
+    assert ax.get_xlim() == (1, 3)
+
+
+@pytest.mark.parametrize(("last", "scale"), [(40.0, "linear"), (4000.0, "asinh")])
+def test_convergence_shows_loss_and_margin_over_log_time(ax, last, scale):
+    path = snapshots([1.0, 2.0, last], [[1.0]] * 3, [[0.0]] * 3, [[1.0]] * 3)
+    artists = plot.convergence(ax, path)
+    np.testing.assert_array_equal(by_label(artists, "log L").get_xydata(), [[1, -1], [2, -2], [last, -last]])
+    np.testing.assert_allclose(by_label(artists, "γ").get_ydata(), [0.1, 0.2, 0.1 * last])
+    assert labels(ax) == ("log time, log t", "log mean loss, log L")
+    assert by_label(artists, "γ").axes.get_ylabel() == "margin γ = min q / ‖θ‖²"
+    assert (ax.get_xscale(), ax.get_yscale()) == (scale, scale)
+
+
+def test_claims_show_estimate_interval_and_counts(ax):
+    rows = [
+        Claim("first", 90, 8, 2, estimate_probability(90, 98, unresolved=2), ""),
+        Claim("second", 100, 0, 0, estimate_probability(100, 100), "vacuous"),
+    ]
+    artists = plot.claims(ax, rows)
+    bars = [artist.get_segments()[0] for artist in artists if isinstance(artist, LineCollection)]
+    for bar, row in zip(bars, rows, strict=True):
+        np.testing.assert_allclose(bar[:, 0], [row.probability.low, row.probability.high])
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    assert names == ["first\n90 hold, 8 fail, 2 unresolved", "second (vacuous)\n100 hold, 0 fail, 0 unresolved"]
+    assert ax.get_xlabel() == "probability, with its exact 99% interval"
+    assert ax.get_xlim()[0] <= min(row.probability.low for row in rows)
+
+
+def test_regions_are_shares_of_all_trials(ax):
+    artists = plot.regions(ax, STUDY)
+    heights = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in ax.patches[:-2]}
+    assert {count: height for count, height in heights.items() if height} == {4: 0.25, 5: 0.5}
+    assert by_label(artists, "least possible, m = 3").get_xdata()[0] == 3
+    for name, shift in (("fewest over tolerances", -1), ("most over tolerances", 1)):
+        values, edges, _ = by_label(artists, name).get_data()
+        assert {round(e + 0.5): v for v, e in zip(values, edges[:-1], strict=True) if v} == {
+            4 + shift: 0.25,
+            5 + shift: 0.5,
+        }
+    assert labels(ax) == ("effective linear regions", "share of trials\n(1 of 4 unresolved)")
+
+
+def test_population_error_never_counts_the_unresolved_as_small(ax):
+    artists = plot.population_error(ax, STUDY)
+    x, share = by_label(artists, "trials").get_data()
+    np.testing.assert_allclose(x[1:-1], [0.001, 0.02, 0.5])
+    np.testing.assert_allclose(share, [0, 0.25, 0.5, 0.75, 0.75])
+    assert by_label(artists, "1/n, n = 100").get_xdata()[0] == 0.01
+    assert labels(ax) == ("population error, P(wrong label)", "share of trials at or below\n(1 of 4 unresolved)")
+
+
+@pytest.mark.parametrize(
+    "study",
+    [STUDY, trials([U, U], [0, 0], [np.nan, np.nan]), trials([H], [3], [0.0])],
+    ids=["mixed", "all unresolved", "one, without error"],
+)
+def test_study_figure_is_legible_whatever_the_outcome(study):
+    check_legible(plot.study_figure(study), panels=3)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    net = ReluNetwork.random(jax.random.key(0), width=4)
+    return integrate(net, DATA, until=Until(time=1.0), save=10)
+
+
+def test_flow_figure_is_legible(flow):
+    check_legible(plot.flow_figure(flow, DATA, Teacher(NET)), panels=4)
+
+
+def test_flow_figure_needs_snapshots(flow):
+    with pytest.raises(ValueError, match="save="):
+        plot.flow_figure(dataclasses.replace(flow, path=None), DATA)
+
+
+def check_legible(figure, panels):
+    figure.savefig(io.BytesIO(), dpi=50)  # warnings, such as a missing glyph, are errors
+    assert len(figure.axes) == panels
+    assert tuple(figure.get_size_inches()) == plot.SIZE
+    for ax in figure.axes:
+        assert ax.get_ylabel() or ax.get_yticklabels()
+    small = [text.get_text() for text in figure.findobj(Text) if text.get_text() and text.get_fontsize() < 8]
+    assert not small

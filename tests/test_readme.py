@@ -1,0 +1,38 @@
+"""The README keeps its promises: its example runs, and its commands, links and names are real."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import gradflow
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_example_runs_and_is_short(capsys):
+    assert len([line for line in EXAMPLE.splitlines() if line]) <= 15
+    exec(compile(EXAMPLE, "README.md", "exec"), {"__name__": "readme"})
+    out = capsys.readouterr().out
+    assert "Reached what `until` asked for." in out
+    assert "perfect training accuracy" in out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m gradflow study",
+        'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest',
+    ],
+)
+def test_each_command_stands_once_on_a_line_of_its_own(command):
+    assert README.splitlines().count(command) == 1
+
+
+def test_files_and_names_it_mentions_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+    names = set(re.findall(r"\bgf\.(\w+)", README))
+    assert names and not [name for name in names if not hasattr(gradflow, name)]
