@@ -5,7 +5,8 @@ cell. They are polynomials in time wherever the parameters are, so events within
 through five of its points.
 
 An event *matters* if ignoring it until the end of the step could move the neuron by more than a tenth of its
-tolerance: by the jump of the field, |v_j| Σ p_i ‖x̃_i‖ over the points passed, times the step. Those that do not are
+tolerance, by the jump of the field, |v_j| Σ p_i ‖x̃_i‖ over the points passed, times the step, or a margin that
+counts by more than a tenth of its own, by v_j times the distance gone beyond the ray. Those that do neither are
 passed several at a time.
 """
 
@@ -26,13 +27,19 @@ _RELEASE = 1e-3  # how far μ may be outside [0, 1] at a release: an error in fo
 
 
 class Tolerance(eqx.Module):
-    """`rtol` and `atol` of the parameters; distances to a line are met to a tenth of rtol ‖u_j‖."""
+    """What one step may be wrong by: `rtol` and `atol` in the parameters, `margin` in every margin that matters."""
 
     rtol: Float[Array, ""]
     atol: Float[Array, ""]
+    margin: float = eqx.field(static=True, default=1e-3)
 
     def landing(self, net: ReluNetwork) -> Float[Array, " k"]:
-        return 0.5 * self.rtol * jnp.hypot(net.w, net.b)
+        """How near to a ray is on it: within half of rtol ‖u_j‖, and v_j times it within a tenth of `margin`.
+
+        Without the second, putting a large neuron on its ray kicks the margins, and with them all velocities.
+        """
+        reach = jnp.where(net.v == 0, jnp.inf, 0.1 * self.margin / jnp.where(net.v == 0, 1, jnp.abs(net.v)))
+        return jnp.minimum(0.5 * self.rtol * jnp.hypot(net.w, net.b), reach)
 
     def size(self, net: ReluNetwork) -> Float[Array, " k"]:
         return self.atol + self.rtol * jnp.maximum(jnp.hypot(net.w, net.b), jnp.abs(net.v))
@@ -128,8 +135,12 @@ def look_ahead(
     weight = jnp.where(mode.sliding, heaviest[mode.ray % n], jnp.maximum(neighbour, moved))
     weight = jnp.where(mode.sliding & hit[0], jnp.sum(heaviest), weight)
     matters = jnp.abs(last.v) * weight * step > 0.1 * tolerance.size(last)
+    depth = jnp.max(jnp.where(hit, -jnp.min(scan, axis=0), 0), axis=0)
+    mass = jnp.minimum(1, weight * jnp.sum(jnp.exp(points.log_count)))
+    matters |= ~mode.sliding & (jnp.abs(last.v) * depth * mass > 0.1 * tolerance.margin)
 
-    share = jnp.min(jnp.where(hit & matters[None], crossing, jnp.inf))
+    # A neuron that starts a hair beyond its ray would be sent back to the start: a hundredth of the step is progress.
+    share = jnp.maximum(jnp.min(jnp.where(hit & matters[None], crossing, jnp.inf)), 0.01)
     share = jnp.minimum(share, jnp.min(jnp.where(loose & matters, aim, jnp.inf)))
     passed = ~mode.sliding & jnp.any(scan[-1] < -touch, axis=0)
     return Outlook(share, passed, released)

@@ -36,7 +36,6 @@ from gradflow.rosenbrock import Rodas4
 
 _RANK = 64  # points kept in the Jacobian of the stiff solver: 6 to 20 matter late in training
 _NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
-_MARGIN_ERROR = 1e-3  # absolute error of a margin allowed in one step
 _STANDSTILL = 1e-6  # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled
 FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
 
@@ -155,7 +154,7 @@ class _Problem(eqx.Module):
             (new, clock),
         )
         share = jnp.minimum(1, end.p * jnp.sum(jnp.exp(self.points.log_count)))
-        margins = jnp.max(jnp.abs(field.respond(new, error)) * share) / _MARGIN_ERROR
+        margins = jnp.max(jnp.abs(field.respond(new, error)) * share) / tolerance.margin
         ratio = jnp.max(jnp.stack([*jax.tree.leaves(sizes), margins]))
         return jnp.where(jnp.isnan(ratio), jnp.inf, ratio)
 
@@ -209,8 +208,9 @@ class _Problem(eqx.Module):
             return column.at[count].set(jnp.where(due, entry, column[count]))
 
         columns = (path.time, path.log_time, path.log_loss, path.margin, path.network)
-        columns = jax.tree.map(write, columns, row)
-        return Path(*columns, jnp.where(due, count + 1, count), jnp.where(full, 2 * path.stride, path.stride))
+        time, log_time, log_loss, margin, network = jax.tree.map(write, columns, row)
+        stride = jnp.where(full, 2 * path.stride, path.stride)
+        return Path(time, log_time, log_loss, margin, network, jnp.where(due, count + 1, count), stride)
 
     def log_time(self, clock):
         """log t. Below log(1 + t/t₀) = 1 by expm1, beyond by the form that cannot overflow."""

@@ -12,12 +12,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
 def is_concrete(*arrays) -> bool:
     """Whether values can be read now, that is, whether none of `arrays` is a tracer of jit, vmap or grad."""
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+    return not any(isinstance(array, Tracer) for array in arrays)
 
 
 class ReluNetwork(eqx.Module):
@@ -76,7 +78,7 @@ class ReluNetwork(eqx.Module):
         return (hidden @ self.v).reshape(x.shape)
 
     @classmethod
-    def random(cls, key: PRNGKeyArray, width: int = 64, scheme: str = "balanced", scale=1.0, dtype=float):
+    def random(cls, key: PRNGKeyArray, width: int = 64, scheme: str = "balanced", scale: ArrayLike = 1.0, dtype=float):
         """A random initialisation.
 
         **Arguments**

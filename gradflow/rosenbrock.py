@@ -82,9 +82,9 @@ class Rodas4(diffrax.AbstractAdaptiveSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
-        h = t1 - t0
+        h = jnp.asarray(t1 - t0)
         # A lane that is done steps with h = 0: a positive stand-in keeps reverse-mode derivatives finite there.
-        h = jnp.where(h > 0, h, jnp.asarray(1e-3, h.dtype))
+        h = jnp.where(h > 0, h, 1e-3)
         sigma = 1 / (h * _GAMMA)
         own = getattr(getattr(terms, "vector_field", None), "resolvent", None)
         solve = dense_resolvent(lambda y: terms.vf(t0, y, args), y0, sigma) if own is None else own(y0, sigma)

@@ -94,7 +94,7 @@ class Teacher(eqx.Module):
         neurons: int = 4,
         *,
         switches: int | None = None,
-        min_run=0.0,
+        min_run: float | Array = 0.0,
         distribution: Distribution | None = None,
     ) -> "Teacher":
         """A random teacher.
