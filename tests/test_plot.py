@@ -166,7 +166,7 @@ def test_population_error_never_counts_the_unresolved_as_small(ax):
     x, share = by_label(artists, "trials").get_data()
     np.testing.assert_allclose(x[1:-1], [0.001, 0.02, 0.5])
     np.testing.assert_allclose(share, [0, 0.25, 0.5, 0.75, 0.75])
-    assert by_label(artists, "1/n, n = 100").get_xdata()[0] == 0.01
+    assert by_label(artists, "1/n, n = 50").get_xdata()[0] == 0.02
     assert labels(ax) == ("population error, P(wrong label)", "share of trials at or below\n(1 of 4 unresolved)")
 
 

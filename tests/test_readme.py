@@ -36,3 +36,7 @@ def test_files_and_names_it_mentions_exist():
     assert links and not [link for link in links if not (ROOT / link).exists()]
     names = set(re.findall(r"\bgf\.(\w+)", README))
     assert names and not [name for name in names if not hasattr(gradflow, name)]
+
+
+def test_no_number_is_left_to_be_measured():
+    assert "MEASURE" not in README
