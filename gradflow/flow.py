@@ -36,8 +36,8 @@ from gradflow.rosenbrock import Rodas4
 
 _RANK = 64  # points kept in the Jacobian of the stiff solver: 6 to 20 matter late in training
 _NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
-# ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled. At 1e-6, one in sixteen
-# such flows of default trials was only passing a saddle.
+# ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled. At 1e-6, one in
+# sixteen such flows of default trials was only passing a saddle.
 _STANDSTILL = 1e-10
 FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
 
