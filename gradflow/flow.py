@@ -184,7 +184,7 @@ class _Problem(eqx.Module):
             (settled, Status.settled),
             (met, Status.reached),
             (self.points.conflict, Status.not_separable),
-            (~(jnp.isfinite(rho) & jnp.isfinite(weights.log_loss)), Status.non_finite),
+            (~(jnp.isfinite(rho) & jnp.isfinite(weights.log_loss) & jnp.isfinite(fastest)), Status.non_finite),
         ):
             status = Status.where(condition, outcome, status)
         return eqx.tree_at(lambda s: s.status, state, status)
