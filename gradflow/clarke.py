@@ -291,8 +291,7 @@ def inverse_of_positive_definite(matrix: Float[Array, "r r"]) -> Float[Array, "r
     """The inverse, by Gauss–Jordan elimination in place; positive definite matrices need no pivoting.
 
     Not LAPACK's: on a CPU, JAX's batched factorisations wait inside XLA's thread pool for tasks in that same pool, so
-    that two programs at once can wait for ever (seen with jaxlib 0.10.2), and their batched triangular solves are
-    slower.
+    that two programs at once can wait for ever (seen with jaxlib 0.10.2).
     """
     index = jnp.arange(matrix.shape[0])
 

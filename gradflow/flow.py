@@ -34,7 +34,7 @@ from gradflow.network import ReluNetwork, is_concrete
 from gradflow.outcome import Flow, Path, Status, Until
 from gradflow.rosenbrock import Rodas4
 
-_RANK = 64  # points kept in the Jacobian of the stiff solver: 6 to 20 matter late in training
+_RANK = 64  # points kept in the Jacobian of the stiff solver, all of them up to that many
 _NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
 # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled. At 1e-6, one in
 # sixteen such flows of default trials was only passing a saddle.

@@ -34,7 +34,7 @@ from gradflow.statistics import Probability, estimate_probability
 from gradflow.trial import Record, Trial, Verdict, record, region_bound
 
 FILE = "study.nc"
-_CHECKPOINT = 60.0  # seconds between saves of an unfinished study; saving takes milliseconds
+_CHECKPOINT = 60.0  # seconds between saves of an unfinished study
 _CPU_BATCH, _DEVICE_BATCH = 16, 1024
 _ATTRIBUTES = {"trial", "key", "versions", "backend", "dtype", "created", "seconds", "history"}
 _VERDICTS = {verdict.value: verdict.name for verdict in Verdict}
