@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gradflow.data import Dataset
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
+from gradflow.slow import Slow
 
 
 class Points(eqx.Module):
@@ -118,10 +119,17 @@ def find_cell(net: ReluNetwork, points: Points) -> Int[Array, " k"]:
 
 
 class Weights(eqx.Module):
-    """What the margins decide: sample weights p, their response c_i = p_i |d log(−ℓ')/dq_i|, and the rate s."""
+    """What the margins decide: sample weights p, their response c_i = p_i |d log(−ℓ')/dq_i|, and the rate s.
+
+    In a slow phase (`slow.py`) p differs from the true weights, `log_p`; `total` is the sum of p over each point's part
+    of the split, and time runs e^β faster than the solver's, β = `log_factor`.
+    """
 
     q: Float[Array, " n"]
+    log_p: Float[Array, " n"]
     p: Float[Array, " n"]
+    total: Float[Array, " n"]
+    log_factor: Float[Array, ""]
     c: Float[Array, " n"]
     log_rate: Float[Array, ""]
     log_loss: Float[Array, ""]
@@ -133,6 +141,7 @@ class Field(eqx.Module):
     points: Points
     loss: Loss
     mode: Mode
+    slow: Slow
     log_unit: Float[Array, ""]
     rank: int = eqx.field(static=True)
 
@@ -158,10 +167,10 @@ class Field(eqx.Module):
         # The padding has no weight; a finite margin there keeps derivatives finite.
         log_weight = self.loss.log_weight(q) + self.points.log_count
         log_sum = jax.nn.logsumexp(log_weight)
-        p = jnp.exp(log_weight - log_sum)
+        p, total, log_factor = self.slow.shares(log_weight)
         slope = jax.jvp(self.loss.log_weight, (q,), (jnp.ones_like(q),))[1]
         log_loss = jax.nn.logsumexp(self.loss.log_value(q) + self.points.log_count) - log_total
-        return Weights(q, p, -p * slope, log_sum - log_total, log_loss)
+        return Weights(q, log_weight - log_sum, p, total, log_factor, -p * slope, log_sum - log_total, log_loss)
 
     def tangent(self) -> Float[Array, "2 k"]:
         """Unit vector along each neuron's ray, oriented like u on it (for sliding neurons; anything for the others)."""
@@ -192,7 +201,10 @@ class Field(eqx.Module):
     def __call__(self, time, y, args):
         net, clock = y
         weights = self.weights(net)
-        return self.combine(net, weights.p), jnp.exp(-clock - weights.log_rate - self.log_unit)
+        return self.combine(net, weights.p), self.clock_rate(clock, weights)
+
+    def clock_rate(self, clock: Float[Array, ""], weights: Weights) -> Float[Array, ""]:
+        return jnp.exp(weights.log_factor - clock - weights.log_rate - self.log_unit)
 
     def squared_gradients(self, net: ReluNetwork) -> Float[Array, " n"]:
         """‖∂q_i‖² (an upper bound where neurons slide); O(n + k)."""
@@ -230,24 +242,31 @@ class Field(eqx.Module):
         if self.rank < n:
             kept = jax.lax.top_k(weights.c * self.squared_gradients(net), self.rank)[1]
         p, c = weights.p[kept], weights.c[kept]
-        # (I + C G)^{−1} C for C = diag(c) − p cᵀ and G = Q (σI − B)^{−1} Qᵀ: with s = √c, the inverse of the symmetric
-        # positive definite K = I + diag(s) G diag(s), and Sherman and Morrison's formula for p cᵀ.
+        # (I + C G)^{−1} C for C = diag(c) − Σ_g p_g c_gᵀ/total_g, one g or two, and G = Q (σI − B)^{−1} Qᵀ: with
+        # s = √c, the inverse of the symmetric positive definite K = I + diag(s) G diag(s), and Woodbury for the sum.
         s = jnp.sqrt(c)
         inverse = inverse_of_positive_definite(
             jnp.eye(self.rank, dtype=s.dtype) + s[:, None] * self._gram(net, z, sigma, determinant, kept) * s[None, :]
         )
-        e = jnp.where(c > 0, p / jnp.where(c > 0, s, 1), 0)
-        inverse_e = inverse @ e
-        denominator = (1 - jnp.sum(p)) + s @ inverse_e
+        part = jnp.stack([~self.slow.rest[kept], self.slow.rest[kept]])
+        f = jnp.where(part, s[None], 0)  # (2, r)
+        relative = jnp.where(c > 0, p / (weights.total[kept] * jnp.where(c > 0, s, 1)), 0)
+        e = jnp.where(part, relative[None], 0)
+        inverse_e = e @ inverse  # symmetric
+        (w00, w01), (w10, w11) = jnp.eye(2, dtype=s.dtype) - f @ e.T + f @ inverse_e.T
+        w_determinant = w00 * w11 - w01 * w10
 
         def pull_back(response):
             """(I + C G)^{−1} C · response."""
-            y = s * response - e * (c @ response)
+            y = s * response - (f @ (s * response)) @ e
             k = inverse @ y
-            return s * (k + inverse_e * ((s @ (y - k)) / denominator))
+            a, b = f @ (y - k)
+            return s * (k + ((w11 * a - w01 * b) * inverse_e[0] + (w00 * b - w10 * a) * inverse_e[1]) / w_determinant)
 
-        rate = jnp.exp(-clock - weights.log_rate - self.log_unit)
-        sway = self.combine(net, weights.c)
+        rate = self.clock_rate(clock, weights)
+        # The clock counts the loss that falls: of all points, or of the light ones in a slow phase.
+        falls = self.slow.rest | ~self.slow.holds
+        sway = self.combine(net, jnp.where(falls, weights.c / weights.total, 0))
 
         def solve(right):
             change, tick = right

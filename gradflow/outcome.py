@@ -1,6 +1,7 @@
 """When an integration stops, how it ended, and what it found."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -84,6 +85,28 @@ class Path(eqx.Module):
     count: Int[Array, ""]
     stride: Int[Array, ""]
 
+    @classmethod
+    def empty(cls, slots: int, net: ReluNetwork) -> "Path":
+        blank = jnp.full((slots,), jnp.nan, net.w.dtype)
+        nets = jax.tree.map(lambda a: jnp.full((slots, *a.shape), jnp.nan, a.dtype), net)
+        return cls(blank, blank, blank, blank, nets, jnp.zeros((), int), jnp.ones((), int))
+
+    def with_row(self, due: Bool[Array, ""], time, log_time, log_loss, margin, net: ReluNetwork) -> "Path":
+        """This path with one more snapshot, if `due`. A full one drops every second, and has twice the stride then."""
+        slots = self.time.shape[0]
+        full = due & (self.count == slots)
+        count = jnp.where(full, slots // 2, self.count)
+
+        def write(column, entry):
+            halved = jnp.concatenate([column[::2], jnp.full_like(column[::2], jnp.nan)])
+            column = jnp.where(full, halved, column)
+            return column.at[count].set(jnp.where(due, entry, column[count]))
+
+        columns = (self.time, self.log_time, self.log_loss, self.margin, self.network)
+        columns = jax.tree.map(write, columns, (time, log_time, log_loss, margin, net))
+        stride = jnp.where(full, 2 * self.stride, self.stride)
+        return Path(*columns, jnp.where(due, count + 1, count), stride)
+
 
 class Flow(eqx.Module):
     """The end of an integration. `print(flow)` reports it in words; `flow.check()` raises if it did not succeed.
@@ -95,6 +118,7 @@ class Flow(eqx.Module):
     - `separated`: whether the loss is below ℓ(0)/n, which proves perfect training accuracy from here on;
     - `residual`: tangent of the angle between θ and dθ/dτ, the relative KKT residual of θ for natural multipliers;
     - `drift`: max_j |Δ(v_j² − w_j² − b_j²)| since the start, over the final ‖θ‖²; 0 for the exact flow;
+    - `rise`: the largest increase of log L in one step; ≤ 0 for the exact flow;
     - `steps`, `rejected`: accepted and rejected step attempts;
     - `events`: how often a breakpoint crossed a data point, stuck to one or came off one;
     - `sliding` (k,): the data point that each neuron's breakpoint sticks to at the end, NaN for none;
@@ -110,6 +134,7 @@ class Flow(eqx.Module):
     separated: Bool[Array, ""]
     residual: Float[Array, ""]
     drift: Float[Array, ""]
+    rise: Float[Array, ""]
     steps: Int[Array, ""]
     rejected: Int[Array, ""]
     events: Int[Array, ""]

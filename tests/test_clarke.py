@@ -9,17 +9,19 @@ import pytest
 import gradflow as gf
 from gradflow.clarke import Field, Mode, Points, active_cell, cell_range, find_cell, inactive_cell
 from gradflow.rosenbrock import dense_resolvent
+from gradflow.slow import Slow
 
 LOSSES = (gf.Exponential(), gf.Logistic())
 
 
-def setting(loss, slides=0, width=10, samples=9, rank=9):
+def setting(loss, slides=0, width=10, samples=9, rank=9, split=False):
     teacher, sample, weights = jr.split(jr.key(3), 3)
     data = gf.Teacher.random(teacher, 4, switches=3).sample(sample, samples)
     net, points = gf.ReluNetwork.random(weights, width), Points(data)
+    slow = Slow((jnp.arange(samples) % 3 == 0) & split, jnp.array(-1.5))
     cell = find_cell(net, points)
     ray = jnp.where(jnp.arange(width) < slides, cell, -1).astype(cell.dtype)
-    field = Field(points, loss, Mode(cell, ray), jnp.array(0.3), rank)
+    field = Field(points, loss, Mode(cell, ray), slow, jnp.array(0.3), rank)
     on = field.project(jnp.stack([net.w, net.b]))
     return field, gf.ReluNetwork(on[0], on[1], net.v), data
 
@@ -106,8 +108,9 @@ def test_sliding_field_is_the_gradient_flow_restricted_to_the_rays(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("slides", [0, 4])
-def test_resolvent_inverts_the_jacobian(loss, slides):
-    field, net, _ = setting(loss, slides)
+@pytest.mark.parametrize("split", [False, True])
+def test_resolvent_inverts_the_jacobian(loss, slides, split):
+    field, net, _ = setting(loss, slides, split=split)
     y, sigma = (net, jnp.array(0.2)), jnp.array(2.7)
     right = jax.tree.map(lambda a: jr.normal(jr.key(9), a.shape), net)
     u = field.project(jnp.stack([right.w, right.b]))
@@ -124,7 +127,7 @@ def test_neglected_bounds_what_a_small_rank_leaves_out(loss):
     net = net.scaled(0.2)  # a small network spreads the sample weights
     y = (net, jnp.array(0.2))
     sigma = jnp.array(1e6)  # (σI − J)^{−1} ≈ (I + J/σ)/σ: differences of resolvents show differences of J
-    full = Field(field.points, loss, field.mode, field.log_unit, 9)
+    full = Field(field.points, loss, field.mode, field.slow, field.log_unit, 9)
     missing = field.neglected(net, field.weights(net))
     for seed in range(5):
         right = (jax.tree.map(lambda a, s=seed: jr.normal(jr.key(s), a.shape), net), jnp.array(0.0))

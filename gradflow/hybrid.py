@@ -1,0 +1,246 @@
+"""The loop behind `integrate`: one step attempt after another, whatever the mode, the stiffness or the time scale.
+
+An attempt is one step of a Diffrax solver in the present mode. It is rejected for its error, rejected to end on an
+event instead, or accepted; then the mode is decided anew, invariants are restored, the time scale is chosen (`slow.py`)
+and the status is judged. All lanes of a batch do the same work in an attempt.
+"""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gradflow.clarke import Field, Mode, Points, Weights
+from gradflow.events import NODES, Tolerance, look_ahead, update
+from gradflow.loss import Loss
+from gradflow.network import ReluNetwork
+from gradflow.outcome import Path, Status, Until
+from gradflow.slow import Slow, forever
+
+_MARGIN = 1e-3  # error allowed in one step in a margin whose sample matters
+_NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
+_STANDSTILL = 1e-10  # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled
+
+
+class State(eqx.Module):
+    """What goes on from one step attempt to the next."""
+
+    net: ReluNetwork
+    clock: Float[Array, ""]  # c = log(1 + t/t₀)
+    mode: Mode
+    slow: Slow
+    time: Float[Array, ""]
+    step: Float[Array, ""]  # what error control proposes
+    cap: Float[Array, ""]  # the next attempt is to end here, on an event
+    shrunk: Bool[Array, ""]  # whether the last attempt was rejected for its error
+    noise: Float[Array, ""]  # what errors of the margins make of the forces (`events.py`)
+    pace: Float[Array, ""]  # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it
+    log_loss: Float[Array, ""]
+    rise: Float[Array, ""]  # of log L in one step, at most
+    status: Status
+    accepted: Int[Array, ""]
+    rejected: Int[Array, ""]
+    events: Int[Array, ""]
+
+
+class Problem(eqx.Module):
+    """What stays the same over an integration."""
+
+    points: Points
+    loss: Loss
+    solvers: tuple[diffrax.AbstractSolver, ...]  # one, or (explicit, stiff)
+    until: Until
+    log_unit: Float[Array, ""]  # log t₀
+    balance: Float[Array, " k"]  # v² − w² − b² at the start
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""]
+    max_steps: Int[Array, ""]
+    log_separated: float = eqx.field(static=True)
+    rank: int = eqx.field(static=True)
+
+    def field(self, state: State) -> Field:
+        return Field(self.points, self.loss, state.mode, state.slow, self.log_unit, self.rank)
+
+    def tolerance(self, pace) -> Tolerance:
+        """What a step may be wrong by. An error δq of the margins puts forces wrong by up to δq of the largest: it must
+        stay small against what they add up to, which is little near a stationary point.
+        """
+        return Tolerance(self.rtol, self.atol, _MARGIN * jnp.minimum(1, 200 * pace))
+
+    def attempt(self, state: State) -> State:
+        """One step attempt: rejected for its error, rejected to land on an event instead, or accepted."""
+        field, dtype = self.field(state), state.time.dtype
+        tolerance = self.tolerance(state.pace)
+        start = field.weights(state.net)
+        remaining = (self.until.time.astype(dtype) - state.time) * jnp.exp(-start.log_factor)
+        step = jnp.minimum(jnp.minimum(state.step, state.cap), remaining)
+        new, clock, error, clock_error, nodes = self.advance(field, state, start, step)
+        end = field.weights(new)
+        ratio, noise = self.error_ratio(field, state, new, clock, error, clock_error, end, tolerance)
+        sound = ratio <= 1
+        outlook = look_ahead(field, nodes, start, end, step, noise, tolerance)
+        early = sound & (outlook.share <= 1)
+        accept = sound & ~early
+        net, mode, events = update(field, new, end, outlook.passed, outlook.released, noise, tolerance)
+        net = _rebalanced(net, self.balance)
+
+        # The error of both methods behaves like h⁴ or better. A step that was just found too long does not grow again.
+        most = jnp.where(state.shrunk, 1.0, 5.0)
+        factor = jnp.clip(0.9 * jnp.maximum(ratio, 1e-10) ** -0.25, 0.2, most)
+        proposal = jnp.where(
+            sound, jnp.maximum(step * factor, jnp.where(step < state.step, state.step, 0)), step * factor
+        )
+
+        def keep(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+
+        state = State(
+            keep(net, state.net),
+            keep(clock, state.clock),
+            keep(mode, state.mode),
+            state.slow,
+            jnp.where(accept, state.time + self.passed(state, clock, step, end), state.time),
+            jnp.where(early, state.step, proposal),
+            jnp.where(early, step * outlook.share, jnp.inf),
+            ~sound,
+            jnp.where(accept, noise, state.noise),
+            state.pace,
+            state.log_loss,
+            state.rise,
+            state.status,
+            jnp.where(accept, state.accepted + 1, state.accepted),
+            jnp.where(accept, state.rejected, state.rejected + 1),
+            jnp.where(accept, state.events + events, state.events),
+        )
+        return self.judge(state)
+
+    def advance(self, field: Field, state: State, weights: Weights, step):
+        """One step of the fitting solver, and the network at the five nodes of the step."""
+        y, zero = (state.net, state.clock), jnp.zeros_like(step)
+        terms = diffrax.ODETerm(field)
+
+        def run(solver):
+            def branch():
+                # The flow is autonomous: steps start at 0, so that one below the rounding of τ still moves θ.
+                memory = solver.init(terms, zero, step, y, None)
+                (new, clock), error, dense, _, _ = solver.step(terms, zero, step, y, None, memory, made_jump=True)
+                if error is None:
+                    raise ValueError(f"{type(solver).__name__} gives no error estimate; wrap it in diffrax.HalfSolver")
+                dense = solver.interpolation_cls(t0=zero, t1=step, **dense)
+                inner = [dense.evaluate(step * jnp.asarray(s, step.dtype))[0] for s in NODES[1:-1]]
+                nodes = jax.tree.map(lambda *a: jnp.stack(a), state.net, *inner, new)
+                return new, clock, *error, nodes
+
+            return branch
+
+        if len(self.solvers) == 1:
+            return run(self.solvers[0])()
+        explicit, stiff = self.solvers
+        if self.rank >= self.points.x.shape[0]:
+            return run(stiff)()
+        exact = step * field.neglected(state.net, weights) <= _NEGLIGIBLE
+        return jax.lax.cond(exact, run(stiff), run(explicit))
+
+    def error_ratio(self, field: Field, state: State, new, clock, error, clock_error, end: Weights, tolerance):
+        """Largest error over what is allowed, infinite for NaN.
+
+        Parameters are held to atol + rtol · size in the maximum norm, which does not dilute when dead or zero-padded
+        neurons are added. Margins are held to 1e-3 absolutely where their sample matters: an error δq turns into a
+        relative error δq of p, and δq ≈ ρ² · rtol would make p noise at late times.
+        """
+        sizes = jax.tree.map(
+            lambda e, a, b: jnp.max(
+                jnp.abs(e) / (tolerance.atol + tolerance.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)))
+            ),
+            # In a slow phase time spans hundreds of decades: a hundredth of the accuracy will do.
+            (error, jnp.where(state.slow.holds, 0.01, 1) * clock_error),
+            (state.net, state.clock),
+            (new, clock),
+        )
+        share = jnp.minimum(1, end.p * jnp.sum(jnp.exp(self.points.log_count)))
+        change = jnp.abs(field.respond(new, error))
+        margins = jnp.max(change * share) / (_MARGIN * jnp.minimum(1, 300 * state.pace))
+        ratio = jnp.max(jnp.stack([*jax.tree.leaves(sizes), margins]))
+        noise = jnp.maximum(jnp.sum(end.c * change * jnp.sqrt(self.points.squared_norm)), 0.5 * state.noise)
+        return jnp.where(jnp.isnan(ratio), jnp.inf, ratio), noise
+
+    def judge(self, state: State) -> State:
+        """The status after an attempt."""
+        field, until, dtype = self.field(state), self.until, state.time.dtype
+        weights = field.weights(state.net)
+        velocity = field.combine(state.net, weights.p)
+        speed, rho = jnp.sqrt(velocity.squared_norm), jnp.sqrt(state.net.squared_norm)
+        separated = weights.log_loss < self.log_separated
+        met = (
+            (state.time >= until.time.astype(dtype))
+            | (weights.log_loss <= until.log_loss.astype(dtype))
+            | (rho >= until.norm.astype(dtype))
+        )
+        settled = separated & (misalignment(state.net, velocity) <= until.settled.astype(dtype))
+        fastest = jnp.sqrt(jnp.max(jnp.where(weights.p > 0, field.squared_gradients(state.net), 0)))
+        pace = speed / jnp.where(fastest > 0, fastest, 1)
+        still = pace <= max(_STANDSTILL, 100 * float(jnp.finfo(dtype).eps))
+        # A flow that separates reaches log loss −Λ at t ≈ e^Λ: one that has not by then has failed.
+        long = jnp.clip(-until.log_loss.astype(dtype), 23, forever(dtype))
+        stalled = ~separated & (still | (weights.log_factor >= long))
+        tiny = jnp.minimum(state.step, state.cap) * speed <= 0.1 * jnp.finfo(dtype).eps * rho
+        status = Status.running
+        for condition, outcome in (
+            (state.accepted + state.rejected >= self.max_steps, Status.step_limit),
+            (tiny, Status.step_too_small),
+            (stalled, Status.stalled),
+            (settled, Status.settled),
+            (met, Status.reached),
+            (self.points.conflict, Status.not_separable),
+            (~(jnp.isfinite(rho) & jnp.isfinite(weights.log_loss) & jnp.isfinite(fastest)), Status.non_finite),
+        ):
+            status = Status.where(condition, outcome, status)
+        slow = state.slow.after_step(weights.log_p, jnp.where(separated, 1, pace))
+        rise = jnp.maximum(state.rise, weights.log_loss - state.log_loss)
+        return eqx.tree_at(
+            lambda s: (s.slow, s.pace, s.log_loss, s.rise, s.status),
+            state,
+            (slow, pace, weights.log_loss, rise, status),
+        )
+
+    def record(self, path: Path, state: State, due) -> Path:
+        """`path` with the present state in its next slot, if `due`."""
+        weights = self.field(state).weights(state.net)
+        margin = jnp.min(weights.q) / state.net.squared_norm
+        return path.with_row(due, state.time, self.log_time(state.clock), weights.log_loss, margin, state.net)
+
+    def passed(self, state: State, clock, step, end: Weights):
+        """The τ that an accepted step took. In a slow phase the clock tells it: dτ = e^s dt, and s stands still."""
+        if self.points.x.shape[0] == 1:
+            return step
+        slow = state.slow.holds
+        ticks = jnp.exp(jnp.where(slow, clock, 0)) - jnp.exp(jnp.where(slow, state.clock, 0))
+        return jnp.where(slow, ticks * jnp.exp(jnp.where(slow, self.log_unit + end.log_rate, 0)), step)
+
+    def log_time(self, clock):
+        """log t. Below log(1 + t/t₀) = 1 by expm1, beyond by the form that cannot overflow."""
+        late = clock > 1
+        small = jnp.log(jnp.expm1(jnp.where(late, 1, clock)))
+        return self.log_unit + jnp.where(late, clock + jnp.log(-jnp.expm1(-jnp.where(late, clock, 1))), small)
+
+
+def _rebalanced(net: ReluNetwork, balance: Float[Array, " k"]) -> ReluNetwork:
+    """`net` put back on the invariants v_j² − ‖u_j‖² = `balance`, by one Newton step u(1 + ε), v(1 − ε).
+
+    Both scale along themselves, so breakpoints and modes stay; ε is of the size of the step's error (Hairer, Lubich and
+    Wanner 2006, IV.4: projection keeps the order).
+    """
+    norm = jnp.hypot(net.w, net.b)
+    size = net.v**2 + norm**2
+    epsilon = 0.5 * ((net.v - norm) * (net.v + norm) - balance) / jnp.where(size > 0, size, 1)
+    return ReluNetwork(net.w * (1 + epsilon), net.b * (1 + epsilon), net.v * (1 - epsilon))
+
+
+def misalignment(net: ReluNetwork, velocity: ReluNetwork) -> Float[Array, ""]:
+    """Tangent of the angle between θ and dθ/dτ (+inf unless it is below a right angle)."""
+    inner = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(velocity), strict=True))
+    share = inner / net.squared_norm
+    across = jax.tree.map(lambda a, b: a - share * b, velocity, net)
+    along = share * jnp.sqrt(net.squared_norm)
+    return jnp.where(along > 0, jnp.sqrt(across.squared_norm) / jnp.where(along > 0, along, 1), jnp.inf)

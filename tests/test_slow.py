@@ -1,0 +1,106 @@
+"""The split of two time scales: where it is made, what it keeps, and what it is for."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from oracles import aligned_neuron_log_time
+
+import gradflow as gf
+from gradflow import slow
+from gradflow.slow import forever, no_split
+
+
+def split(p, pace, before=None):
+    p = jnp.asarray(p)
+    return (no_split(p) if before is None else before).after_step(jnp.log(p), jnp.asarray(pace))
+
+
+def test_light_points_are_brought_to_one_small_weight_when_forces_cancel():
+    p = np.array([0.5, 1e-20, 0.5, 3e-21])
+    after = split(p, 1e-20)
+    np.testing.assert_array_equal(after.rest, [False, True, False, True])
+    held, total, log_factor = after.shares(jnp.log(p) + 7.0)
+    small = slow._SMALL
+    np.testing.assert_allclose(held, [(1 - small) / 2, small / 1.3, (1 - small) / 2, small * 0.3 / 1.3], rtol=1e-12)
+    np.testing.assert_allclose(total, [1 - small, small, 1 - small, small])
+    assert float(log_factor) == pytest.approx(np.log(small / 1.3e-20))
+
+
+def test_without_a_split_weights_are_what_they_are():
+    p, total, log_factor = no_split(jnp.zeros(3)).shares(jnp.log(jnp.array([2.0, 5.0, 3.0])))
+    np.testing.assert_allclose(p, [0.2, 0.5, 0.3], rtol=1e-15)
+    assert jnp.all(total == 1) and log_factor == 0
+
+
+@pytest.mark.parametrize(
+    ("p", "pace"),
+    [
+        ([0.5, 1e-20, 0.5], 1e-6),  # forces do not cancel
+        ([0.5, 1e-2, 0.5], 1e-4),  # no light points
+        ([0.5, 0.5, 0.0], 1e-20),  # padding is no point
+        ([1.0], 0.0),
+    ],
+)
+def test_no_split_without_a_reason(p, pace):
+    assert not split(p, pace).holds
+
+
+def test_a_light_point_that_takes_part_in_the_balance_stays_in_it():
+    after = split([0.5, 0.5, 1e-6, 1e-40], 1e-40)
+    np.testing.assert_array_equal(after.rest, [False, False, False, True])
+    assert jnp.exp(after.log_size) == pytest.approx(1e-8)  # and what is lifted stays well below it
+
+
+def test_the_split_is_given_up_when_forces_cease_to_cancel():
+    p = [0.5, 0.5, 1e-20]
+    held = split(p, 1e-20)
+    assert split(p, slow._SMALL, held).holds
+    assert not split(p, 3 * slow._SMALL, held).holds
+
+
+def test_physical_time_passes_as_if_there_were_no_split():
+    # A left-facing neuron is linear on − + −, which it cannot fit; another is aligned with a point on the right. They
+    # share no point, so physical time of the right one has its closed form: n dq/dt = e^{−q} ‖∂q‖², n = 4 for the mean.
+    v, reach = 0.1, np.hypot(0.7, 1)
+    data = gf.Dataset([-3.0, -2.0, -1.5, 0.7], [-1, 1, -1, 1])
+    net = gf.ReluNetwork([-1.0, v * 0.7 / reach], [-0.5, v / reach], [1.0, v])
+    for log_loss, rtol, allowed in ((-1000.0, 1e-6, 1e-4), (-100.0, 1e-8, 1e-6)):
+        flow = gf.integrate(net, data, until=gf.Until(log_loss=log_loss), rtol=rtol, atol=rtol)
+        assert flow.status == gf.Status.stalled and not flow.separated
+        start, end = (float(data.margins(end)[3]) for end in (net, flow.final))
+        exact = aligned_neuron_log_time(0.7, start, end) + np.log(4)
+        assert float(exact) >= min(-log_loss, forever(jnp.float64))
+        assert float(flow.log_time) == pytest.approx(float(exact), rel=allowed)
+        assert np.log(float(flow.time)) == pytest.approx(float(exact) + float(flow.log_loss), rel=allowed)
+
+
+def trial(seed, index):
+    """One trial of 50 points with 4 switches, 32 neurons."""
+    teacher, sample, weights = jr.split(jr.split(jr.key(seed), 128)[index], 3)
+    data = gf.Teacher.random(teacher, 4, switches=4).sample(sample, 50)
+    return gf.ReluNetwork.random(weights, 32), data
+
+
+def test_training_that_fails_for_seventeen_decades_may_yet_succeed():
+    net, data = trial(5, 57)
+    failing = gf.integrate(net, data, until=gf.Until(time=1e17), max_steps=20_000).check()
+    assert jnp.any(data.margins(failing.final) <= 0) and failing.log_loss > -3
+    flow = gf.integrate(net, data, until=gf.Until(log_loss=-50.0), max_steps=20_000).check()
+    assert flow.time > 1e17 and jnp.all(data.margins(flow.final) > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "index"), [(5, 57), (7, 47)])
+def test_when_and_where_a_flow_escapes_does_not_depend_on_how_small_small_is(seed, index, monkeypatch):
+    net, data = trial(seed, index)
+    ends = []
+    for small in (1e-4, 1e-5, 1e-6):
+        monkeypatch.setattr(slow, "_SMALL", small)
+        jax.clear_caches()
+        ends.append(gf.integrate(net, data, until=gf.Until(log_loss=-100.0), max_steps=20_000).check())
+    assert max(float(end.log_time) for end in ends) - min(float(end.log_time) for end in ends) < 1
+    times = [np.log(float(end.time)) for end in ends]
+    assert max(times) - min(times) < 0.3
+    np.testing.assert_allclose([float(end.margin) for end in ends], float(ends[0].margin), rtol=2e-4)
