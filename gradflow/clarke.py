@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gradflow.data import Dataset
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
+from gradflow.sites import Sites
 from gradflow.slow import Slow
 
 
@@ -145,21 +146,28 @@ class Field(eqx.Module):
     log_unit: Float[Array, ""]
     rank: int = eqx.field(static=True)
 
+    @property
+    def sites(self) -> Sites:
+        """The points as positions at which neurons act."""
+        return Sites(self.points.x, *self.mode.active(self.points.x.shape[0]))
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the Jacobian is summed over fewer positions than there are points."""
+        return self.points.x.shape[0] > 2 * (self.mode.cell.shape[0] + 1)
+
+    @property
+    def spread(self) -> int:
+        """The number of positions that the Jacobian is summed over."""
+        return min(self.points.x.shape[0], 2 * (self.mode.cell.shape[0] + 1))
+
     def margins(self, net: ReluNetwork) -> Float[Array, " n"]:
         """q_i, each neuron taken as linear on its active range; O(n + k)."""
-        return self._values(net.v * net.w, net.v * net.b)
+        return self.points.y * self.sites.lines(net.v * net.w, net.v * net.b)
 
     def respond(self, net: ReluNetwork, change: ReluNetwork) -> Float[Array, " n"]:
         """∂q·change: how the margins answer to a small change of the parameters; O(n + k)."""
-        return self._values(net.v * change.w + change.v * net.w, net.v * change.b + change.v * net.b)
-
-    def _values(self, slope: Float[Array, " k"], offset: Float[Array, " k"]) -> Float[Array, " n"]:
-        """y_i Σ_j (slope_j x_i + offset_j) over the neurons active at x_i, by running sums."""
-        n = self.points.x.shape[0]
-        low, high = self.mode.active(n)
-        lines = jnp.stack([slope, offset])
-        total = jnp.cumsum(jnp.zeros((2, n + 1), slope.dtype).at[:, low].add(lines).at[:, high].add(-lines), axis=1)
-        return self.points.y * (total[0, :n] * self.points.x + total[1, :n])
+        return self.points.y * _respond(self.sites, net, change)
 
     def weights(self, net: ReluNetwork) -> Weights:
         q = self.margins(net)
@@ -187,15 +195,12 @@ class Field(eqx.Module):
         along = jnp.sum(vector * tangent, axis=0)
         return jnp.where(self.mode.sliding[None], along[None] * tangent, vector)
 
-    def pull(self, force: Float[Array, " n"], low, high) -> Float[Array, "2 k"]:
-        """z_j = Σ_{low_j ≤ i < high_j} force_i x̃_i."""
-        total = jnp.cumsum(jnp.stack([force * self.points.x, force]), axis=1)
-        total = jnp.concatenate([jnp.zeros_like(total[:, :1]), total], axis=1)
-        return total[:, high] - total[:, low]
-
     def combine(self, net: ReluNetwork, force: Float[Array, " n"]) -> ReluNetwork:
         """Σ_i force_i y_i ∂q_i, with the projections of this mode."""
-        z = self.project(self.pull(force * self.points.y, *self.mode.active(self.points.x.shape[0])))
+        return self._combine(net, self.sites, force * self.points.y)
+
+    def _combine(self, net: ReluNetwork, sites: Sites, force: Float[Array, " s"]) -> ReluNetwork:
+        z = self.project(sites.pull(force))
         return ReluNetwork(net.v * z[0], net.v * z[1], z[0] * net.w + z[1] * net.b)
 
     def __call__(self, time, y, args):
@@ -208,29 +213,37 @@ class Field(eqx.Module):
 
     def squared_gradients(self, net: ReluNetwork) -> Float[Array, " n"]:
         """‖∂q_i‖² (an upper bound where neurons slide); O(n + k)."""
-        n, x = self.points.x.shape[0], self.points.x
-        low, high = self.mode.active(n)
-        moments = jnp.stack([net.w**2, net.w * net.b, net.b**2, net.v**2])
-        total = jnp.cumsum(jnp.zeros((4, n + 1), x.dtype).at[:, low].add(moments).at[:, high].add(-moments), axis=1)
-        total = total[:, :n]
-        return jnp.maximum(total[0] * x**2 + 2 * total[1] * x + total[2], 0) + total[3] * self.points.squared_norm
+        return self.sites.squares(_moments(net))
 
-    def neglected(self, net: ReluNetwork, weights: Weights) -> Float[Array, ""]:
-        """Bound on the norm of the part of the Jacobian that `resolvent` leaves out."""
+    def stiffness(self, net: ReluNetwork, weights: Weights) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Bounds on the norm of the stiff part of the Jacobian, and of the part of it that `resolvent` leaves out."""
         share = weights.c * self.squared_gradients(net)
-        return jnp.maximum(jnp.sum(share) - jnp.sum(jax.lax.top_k(share, self.rank)[0]), 0)
+        if self.rank >= self.spread:
+            return jnp.sum(share), jnp.zeros_like(share[0])
+        sites, curvature, _, _ = self._summed(weights)
+        kept = jax.lax.top_k(curvature * sites.squares(_moments(net)), self.rank)[0]
+        return jnp.sum(share), jnp.maximum(jnp.sum(share) - jnp.sum(kept), 0)
+
+    def _summed(self, weights: Weights):
+        """What the Jacobian is summed over: sites, c, and p and c of the two parts of the split, signed by y."""
+        part = jnp.stack([~self.slow.rest, self.slow.rest])
+        signed = jnp.concatenate([jnp.where(part, (a * self.points.y)[None], 0) for a in (weights.p, weights.c)])
+        sites, curvature = self.sites, weights.c
+        if self.compresses:
+            sites, curvature, signed = sites.compress(curvature, signed)
+        return sites, curvature, signed[:2], signed[2:]
 
     def resolvent(self, y, sigma):
         """r ↦ (σ I − J)^{−1} r, with J the Jacobian of this field at `y`; r must keep sliding neurons on their rays.
 
-        J = B − Qᵀ C Q: B is block-diagonal with the 3×3 blocks (0, z; zᵀ, 0) per neuron, Q = ∂q/∂θ, and
-        C = diag(c) − p cᵀ from the softmax. Only the `rank` points with the largest c_i ‖∂q_i‖² are kept in C, so that
-        Woodbury's formula needs one LU of that size; `neglected` bounds the rest. The clock's row comes last.
+        J = B − Qᵀ C Q: B is block-diagonal with the 3×3 blocks (0, z; zᵀ, 0) per neuron, Q the gradients of the network
+        at the sites, and C = diag(c) − Σ_g p_g c_gᵀ/total_g from the softmax, one g or two (`slow.py`). Only the `rank`
+        sites with the largest c_i ‖∂q_i‖² are kept in C, so that Woodbury's formula needs one inverse of that size;
+        `stiffness` bounds the rest. The clock's row comes last.
         """
         net, clock = y
-        n = self.points.x.shape[0]
         weights = self.weights(net)
-        z = self.project(self.pull(weights.p * self.points.y, *self.mode.active(n)))
+        z = self.project(self.sites.pull(weights.p * self.points.y))
         determinant = sigma**2 - jnp.sum(z**2, axis=0)
 
         def blocks(r: ReluNetwork) -> ReluNetwork:
@@ -238,21 +251,23 @@ class Field(eqx.Module):
             v = (sigma * r.v + z[0] * r.w + z[1] * r.b) / determinant
             return ReluNetwork((r.w + z[0] * v) / sigma, (r.b + z[1] * v) / sigma, v)
 
-        kept = jnp.arange(n, dtype=jnp.int32)
-        if self.rank < n:
-            kept = jax.lax.top_k(weights.c * self.squared_gradients(net), self.rank)[1]
-        p, c = weights.p[kept], weights.c[kept]
-        # (I + C G)^{−1} C for C = diag(c) − Σ_g p_g c_gᵀ/total_g, one g or two, and G = Q (σI − B)^{−1} Qᵀ: with
-        # s = √c, the inverse of the symmetric positive definite K = I + diag(s) G diag(s), and Woodbury for the sum.
-        s = jnp.sqrt(c)
+        sites, c, signed_p, signed_c = self._summed(weights)
+        whole = self.rank >= sites.count
+        kept = jnp.arange(sites.count, dtype=jnp.int32)
+        if not whole:
+            kept = jax.lax.top_k(c * sites.squares(_moments(net)), self.rank)[1]
+        # With G = Q (σI − B)^{−1} Qᵀ and s = √c: (I + C G)^{−1} C = s (K − e fᵀ (K − I))^{−1} (I − e fᵀ) s, where
+        # K = I + s G s is symmetric positive definite, f = c_g/s, e = p_g/(total_g s): Woodbury once more, with 2 × 2.
+        s = jnp.sqrt(c[kept])
         inverse = inverse_of_positive_definite(
-            jnp.eye(self.rank, dtype=s.dtype) + s[:, None] * self._gram(net, z, sigma, determinant, kept) * s[None, :]
+            jnp.eye(kept.size, dtype=s.dtype)
+            + s[:, None] * sites.gram(self._block_moments(net, z, sigma, determinant), kept) * s[None, :]
         )
-        part = jnp.stack([~self.slow.rest[kept], self.slow.rest[kept]])
-        f = jnp.where(part, s[None], 0)  # (2, r)
-        relative = jnp.where(c > 0, p / (weights.total[kept] * jnp.where(c > 0, s, 1)), 0)
-        e = jnp.where(part, relative[None], 0)
-        inverse_e = e @ inverse  # symmetric
+        over = jnp.where(s > 0, 1 / jnp.where(s > 0, s, 1), 0)
+        size = jnp.where(self.slow.holds, jnp.exp(self.slow.log_size), 0)
+        f = signed_c[:, kept] * over[None]
+        e = signed_p[:, kept] * over[None] / jnp.stack([1 - size, jnp.where(self.slow.holds, size, 1)])[:, None]
+        inverse_e = e @ inverse
         (w00, w01), (w10, w11) = jnp.eye(2, dtype=s.dtype) - f @ e.T + f @ inverse_e.T
         w_determinant = w00 * w11 - w01 * w10
 
@@ -271,39 +286,34 @@ class Field(eqx.Module):
         def solve(right):
             change, tick = right
             first = blocks(change)
-            force = pull_back(self.respond(net, first)[kept])
-            force = force if self.rank == n else jnp.zeros_like(self.points.x).at[kept].set(force)
-            out = jax.tree.map(jnp.subtract, first, blocks(self.combine(net, force)))
+            force = pull_back(_respond(sites, net, first)[kept])
+            force = force if whole else jnp.zeros_like(sites.x).at[kept].set(force)
+            out = jax.tree.map(jnp.subtract, first, blocks(self._combine(net, sites, force)))
             pushed = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(sway), jax.tree.leaves(out), strict=True))
             return out, (tick + rate * pushed) / (sigma + rate)
 
         return solve
 
-    def _gram(self, net: ReluNetwork, z, sigma, determinant, kept) -> Float[Array, "r r"]:
-        """Q (σ I − B)^{−1} Qᵀ for the points `kept`, in O(n + k + r²).
-
-        A neuron adds y_i y_l x̃_iᵀ M_j x̃_l where it is active at both points, M_j = (v² I + a aᵀ/(σ² − ‖z‖²))/σ with
-        a = v z + σ u (I becomes the projection where it slides). For x_i ≤ x_l those are the right-facing neurons
-        active at x_i and the left-facing ones active at x_l: two running sums of M_j.
+    def _block_moments(self, net: ReluNetwork, z, sigma, determinant) -> Float[Array, "3 k"]:
+        """M_j of x̃ᵀ M_j x̃ = ∂N (σ I − B)^{−1} ∂Nᵀ for one neuron: (v² I + a aᵀ/(σ² − ‖z‖²))/σ with a = v z + σ u, I
+        the projection where it slides.
         """
-        n = self.points.x.shape[0]
         a = net.v[None] * z + sigma * jnp.stack([net.w, net.b])
         tangent = jnp.where(self.mode.sliding[None], self.tangent(), 1)
         cross = jnp.where(self.mode.sliding, tangent[0] * tangent[1], 0)
         identity = jnp.stack([tangent[0] ** 2, cross, tangent[1] ** 2])
         outer = jnp.stack([a[0] ** 2, a[0] * a[1], a[1] ** 2])
-        moment = (net.v[None] ** 2 * identity + outer / determinant[None]) / sigma
-        low, high = self.mode.active(n)
-        right, left = jnp.where((high == n)[None], moment, 0), jnp.where(((high < n) & (high > 0))[None], moment, 0)
-        empty = jnp.zeros((3, n), moment.dtype)
-        # A neuron active nowhere has high = 0 and low = 0, and is in neither sum.
-        rightward = jnp.cumsum(empty.at[:, jnp.minimum(low, n - 1)].add(right), axis=1)
-        leftward = jnp.cumsum(empty.at[:, jnp.maximum(high - 1, 0)].add(left)[:, ::-1], axis=1)[:, ::-1]
-        first, second = jnp.minimum(kept[:, None], kept[None, :]), jnp.maximum(kept[:, None], kept[None, :])
-        h = rightward[:, first] + leftward[:, second]
-        x, y = self.points.x[kept], self.points.y[kept]
-        value = h[0] * (x[:, None] * x[None, :]) + h[1] * (x[:, None] + x[None, :]) + h[2]
-        return value * (y[:, None] * y[None, :])
+        return (net.v[None] ** 2 * identity + outer / determinant[None]) / sigma
+
+
+def _respond(sites: Sites, net: ReluNetwork, change: ReluNetwork) -> Float[Array, " s"]:
+    """How the network's values at the sites answer to a small change of its parameters."""
+    return sites.lines(net.v * change.w + change.v * net.w, net.v * change.b + change.v * net.b)
+
+
+def _moments(net: ReluNetwork) -> Float[Array, "4 k"]:
+    """What `Sites.squares` turns into ‖∂N‖²."""
+    return jnp.stack([net.w**2, net.w * net.b, net.b**2, net.v**2])
 
 
 def inverse_of_positive_definite(matrix: Float[Array, "r r"]) -> Float[Array, "r r"]:

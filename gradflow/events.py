@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.clarke import Field, Mode, Points, Weights, active_cell, cell_range, find_cell, inactive_cell
 from gradflow.network import ReluNetwork
+from gradflow.sites import Sites
 
 NODES = np.linspace(
     0, 1, 5
@@ -93,7 +94,7 @@ def side_velocities(field: Field, net: ReluNetwork, weights: Weights, ray: Int[A
     points, n = field.points, field.points.x.shape[0]
     i = ray % n
     x = points.x[i]
-    z = field.pull(weights.p * points.y, *cell_range(inactive_cell(ray, n), n))
+    z = Sites(points.x, *cell_range(inactive_cell(ray, n), n)).pull(weights.p * points.y)
     off = net.v * (z[0] * x + z[1]) / jnp.hypot(1, x)
     return Sides(off, off + net.v * weights.p[i] * points.y[i] * jnp.hypot(1, x))
 

@@ -36,7 +36,7 @@ from gradflow.outcome import Flow, Path, Status, Until
 from gradflow.rosenbrock import Rodas4
 from gradflow.slow import no_split
 
-_RANK = 64  # points kept in the Jacobian of the stiff solver, all of them up to that many
+_RANK = 160  # positions kept in the Jacobian of the stiff solver: all of them up to 79 neurons, or 160 points
 FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
 
 
@@ -111,7 +111,7 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
     cell = find_cell(net, points)
     mode = Mode(cell, jnp.full_like(cell, -1))
     zero, one, none = jnp.zeros((), dtype), jnp.ones((), dtype), jnp.zeros(cell.shape, bool)
-    rank = min(data.samples, _RANK)
+    rank = min(data.samples, 2 * (net.width + 1), _RANK)
 
     initial = Field(points, loss, mode, no_split(points.x), zero, rank)
     weights = initial.weights(net)

@@ -19,6 +19,7 @@ from gradflow.outcome import Path, Status, Until
 from gradflow.slow import Slow, forever
 
 _MARGIN = 1e-3  # error allowed in one step in a margin whose sample matters
+_SMALL = 66  # positions in the Jacobian up to which the stiff solver takes all steps: no dearer there in a batch
 _NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
 _STANDSTILL = 1e-10  # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled
 
@@ -137,10 +138,10 @@ class Problem(eqx.Module):
         if len(self.solvers) == 1:
             return run(self.solvers[0])()
         explicit, stiff = self.solvers
-        if self.rank >= self.points.x.shape[0]:
+        if field.spread <= _SMALL:
             return run(stiff)()
-        exact = step * field.neglected(state.net, weights) <= _NEGLIGIBLE
-        return jax.lax.cond(exact, run(stiff), run(explicit))
+        stiffness, neglected = field.stiffness(state.net, weights)
+        return jax.lax.cond((step * stiffness > 1) & (step * neglected <= _NEGLIGIBLE), run(stiff), run(explicit))
 
     def error_ratio(self, field: Field, state: State, new, clock, error, clock_error, end: Weights, tolerance):
         """Largest error over what is allowed, infinite for NaN.

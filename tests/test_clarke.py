@@ -122,19 +122,35 @@ def test_resolvent_inverts_the_jacobian(loss, slides, split):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("slides", [0, 2])
+@pytest.mark.parametrize("split", [False, True])
+def test_many_points_between_breakpoints_are_summed_over_two_sites(loss, slides, split):
+    field, net, _ = setting(loss, slides, width=4, samples=60, rank=10, split=split)
+    assert field.compresses and field.spread == 10
+    y, sigma = (net, jnp.array(0.2)), jnp.array(2.7)
+    right = jax.tree.map(lambda a: jr.normal(jr.key(9), a.shape), net)
+    u = field.project(jnp.stack([right.w, right.b]))
+    right = (gf.ReluNetwork(u[0], u[1], right.v), jnp.array(0.7))
+    got = field.resolvent(y, sigma)(right)
+    exact = dense_resolvent(lambda y: field(0.0, y, None), y, sigma)(right)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_neglected_bounds_what_a_small_rank_leaves_out(loss):
     field, net, _ = setting(loss, rank=3)
     net = net.scaled(0.2)  # a small network spreads the sample weights
     y = (net, jnp.array(0.2))
     sigma = jnp.array(1e6)  # (σI − J)^{−1} ≈ (I + J/σ)/σ: differences of resolvents show differences of J
     full = Field(field.points, loss, field.mode, field.slow, field.log_unit, 9)
-    missing = field.neglected(net, field.weights(net))
+    missing = field.stiffness(net, field.weights(net))[1]
     for seed in range(5):
         right = (jax.tree.map(lambda a, s=seed: jr.normal(jr.key(s), a.shape), net), jnp.array(0.0))
         a, b = field.resolvent(y, sigma)(right)[0], full.resolvent(y, sigma)(right)[0]
         gap = jnp.sqrt(jax.tree.map(jnp.subtract, a, b).squared_norm) * sigma**2
         assert 0 < gap <= 1.01 * missing * jnp.sqrt(right[0].squared_norm)
-    assert full.neglected(net, full.weights(net)) <= 1e-12
+    assert full.stiffness(net, full.weights(net))[1] == 0
 
 
 def test_squared_gradients_are_those_of_the_margins():
