@@ -6,7 +6,12 @@ neurons; it is followed to log loss −1000. Each is a key, `fold_in(key(seed), 
     python benchmarks/exact_flow.py            # 10,000 trials
     python benchmarks/exact_flow.py --quick    # 64 trials, a minute
 
-CONCLUSION
+Two cores, float64, November 2026, trials 0 to 4,999 of the default seed, 20,000 attempts at most: 4,630 reached log loss
+−1000, 360 stalled, 10 met the limit (99.80 % reached or stalled; nine in ten of the rest crawl at a stationary point
+that they approach like 1/τ). Median 1,168 attempts and 334 events, 2,372 and 580 at 99 %, of those that reached; no
+mode flickers, at most 828 events. Drift of v² − w² − b² at most 3.1e-16 ρ², log L never rose by more than 7e-8 in a
+step, log t follows its law to 1e-4 at log loss −1000. 72 trials reached it after more than τ = 10⁶ at a positive loss,
+the last after τ = 3·10²¹⁴: a flow that seems to stand still has not failed yet.
 """
 
 import argparse
@@ -75,10 +80,17 @@ def report(flows, laws, trials, seconds):
     print(
         f"balancedness drift at most {flows.drift.max():.1e} ρ², log L rose by at most {flows.rise.max():.1e} in a step"
     )
+    if not reached.any():
+        return
     print(f"law of physical time: log t is off by at most {np.abs(laws[reached]).max():.1e} of itself")
     late = reached & (flows.time > 1e6)
     print(f"reached after τ = 10⁶: {late.sum()}, the last at τ = {flows.time[reached].max():.1e}")
-    for i in np.flatnonzero(~(reached | stalled)):
+
+
+def list_open(flows, trials):
+    """One line for every trial that neither reached what was asked nor stalled."""
+    names = np.array(STATUSES)[np.asarray(flows.status._value)]
+    for i in np.flatnonzero((names != "reached") & (names != "stalled")):
         print(
             f"  trial {trials[i]}: {names[i]}, log loss {flows.log_loss[i]:.4f}, τ {flows.time[i]:.2e}, "
             f"{flows.steps[i]}+{flows.rejected[i]} attempts, {flows.events[i]} events"
@@ -112,6 +124,7 @@ def main():
 
         flows, laws = jax.tree.map(put, flows, again), put(laws, laws_again)
     report(flows, laws, trials, time.perf_counter() - begun)
+    list_open(flows, trials)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,16 @@ unit t₀ = e^{−s}/max_i‖∂q_i‖² is taken at the start, so that early ti
 **The loop.** The state holds θ, c and a *mode*: every neuron's activation pattern, and the data point that its
 breakpoint sticks to, if any (`clarke.py`). Inside a mode the field is smooth and a Diffrax solver takes ordinary
 steps. A step that would pass an event which matters (`events.py`) is rejected and taken again, by the solver itself,
-so as to end on the event; there the mode is decided anew with the velocities on both sides. Where p spreads over more
-points than the stiff solver's linear algebra keeps, steps are explicit.
+so as to end on the event; there the mode is decided anew with the velocities on both sides. Steps are explicit where
+nothing is stiff and the Jacobian is large, and where it has more parts than the stiff solver's linear algebra keeps.
 
-**Errors.** A step's error is at most atol + rtol · size in every parameter and 1e-3 in every margin that matters;
-events are met to a fifth of rtol ‖u_j‖. v_j² − w_j² − b_j² is conserved in every mode and restored after each step.
+**Failure.** Training that fails does not stop either, it becomes ever slower, and may succeed after all. Such flows are
+followed on their own, slow time scale (`slow.py`): "stalled" means that they had not left a positive loss at t = e^496,
+or at 1/L of the loss that was asked for; or that all forces cancel to 1e-10.
+
+**Errors.** A step's error is at most atol + rtol · size in every parameter and 1e-3 in every margin that matters, less
+where forces almost cancel; events are met to a fifth of rtol ‖u_j‖, and releases to 0.3 √rtol of the force, which
+moves a breakpoint by O(rtol). v_j² − w_j² − b_j² is conserved in every mode and restored after each step.
 """
 
 import diffrax
@@ -68,12 +73,15 @@ def integrate(
     **Returns** a `Flow`, under jit and vmap too: failure is its `status`, never an exception.
 
     **Raises** `ValueError`, before anything compiles, for mixed dtypes, tolerances that are not positive, an odd
-    `save`, a solver without error estimate, and for `until.log_loss` below −50 in float32.
+    `save`, a solver without error estimate, and for `until.log_loss` below −50 in float32; `TypeError` for an `until`
+    that is none.
     """
     loss = Exponential() if loss is None else loss
     until = Until() if until is None else until
     solvers = (diffrax.Tsit5(scan_kind="lax"), Rodas4()) if solver is None else (_with_tolerances(solver, rtol, atol),)
     dtype = net.w.dtype
+    if not isinstance(until, Until):
+        raise TypeError(f"until must be a gradflow.Until, such as Until(log_loss=-100.0), got {until!r}")
     if data.x.dtype != dtype:
         raise ValueError(f"the network is {dtype} and the data {data.x.dtype}: convert one of them")
     for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):

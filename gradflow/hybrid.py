@@ -181,7 +181,8 @@ class Problem(eqx.Module):
         settled = separated & (misalignment(state.net, velocity) <= until.settled.astype(dtype))
         fastest = jnp.sqrt(jnp.max(jnp.where(weights.p > 0, field.squared_gradients(state.net), 0)))
         pace = speed / jnp.where(fastest > 0, fastest, 1)
-        still = pace <= max(_STANDSTILL, 100 * float(jnp.finfo(dtype).eps))
+        # In a slow phase all forces are small by choice.
+        still = ~state.slow.holds & (pace <= max(_STANDSTILL, 100 * float(jnp.finfo(dtype).eps)))
         # A flow that separates reaches log loss −Λ at t ≈ e^Λ: one that has not by then has failed.
         long = jnp.clip(-until.log_loss.astype(dtype), 23, forever(dtype))
         stalled = ~separated & (still | (weights.log_factor >= long))

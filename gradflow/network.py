@@ -100,6 +100,8 @@ class ReluNetwork(eqx.Module):
             raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(map(repr, SCHEMES))}")
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
+        if is_concrete(scale) and not 0 < scale < jnp.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale}")
         dtype = jnp.result_type(dtype)
         keys = jax.vmap(lambda j: jr.fold_in(key, j))(jnp.arange(width))
         w, b, v = jax.vmap(lambda k: SCHEMES[scheme](k, width, dtype))(keys)

@@ -15,8 +15,8 @@ class Status(eqx.Enumeration):
     reached = "Reached what `until` asked for."
     settled = "The direction has settled: velocity and position are parallel to the tolerance of `until`."
     stalled = (
-        "Stalled at a stationary point with positive loss: training failed, a true outcome. Another initialisation or "
-        "a wider network may do better."
+        "Stalled: the loss no longer falls, though it is positive: training failed, a true outcome. Another "
+        "initialisation or a wider network may do better."
     )
     not_separable = "Some point carries both labels, so that no network classifies the data: remove one of them."
     step_limit = "Stopped at `max_steps` before `until` was met. Raise `max_steps`, or ask for less."
@@ -45,8 +45,9 @@ STATUSES = (
 class Until(eqx.Module):
     """When to stop: at the first accepted step at which any of these holds.
 
-    **Arguments** `time`: rescaled time τ (met exactly); `log_loss`: natural log of the mean loss, at or below; `norm`:
-    ‖θ‖, at or above. With none of them, the flow stops when its direction has settled: when the angle between θ and
+    **Arguments** `time`: rescaled time τ (met exactly, but for flows that almost stand still, see `integrate`);
+    `log_loss`: natural log of the mean loss, at or below; `norm`: ‖θ‖, at or above. With none of them, the flow stops
+    when its direction has settled: when the angle between θ and
     dθ/dτ, whose tangent is the relative KKT residual of θ for the natural multipliers, has a tangent of at most
     `settled`. That is asked for only if nothing else is. Values are traced: another number does not recompile.
     """
@@ -68,6 +69,9 @@ class Until(eqx.Module):
             value = getattr(self, name)
             if value.ndim != 0 or (is_concrete(value) and bool(jnp.isnan(value))):
                 raise ValueError(f"until.{name} must be one number, got {value}")
+        for name, given in (("time", time), ("norm", norm), ("settled", settled)):
+            if given is not None and is_concrete(getattr(self, name)) and not getattr(self, name) >= 0:
+                raise ValueError(f"until.{name} must not be negative, got {given}; a log loss is `log_loss`")
 
 
 class Path(eqx.Module):
@@ -87,6 +91,7 @@ class Path(eqx.Module):
 
     @classmethod
     def empty(cls, slots: int, net: ReluNetwork) -> "Path":
+        """A path with `slots` empty slots for networks like `net`."""
         blank = jnp.full((slots,), jnp.nan, net.w.dtype)
         nets = jax.tree.map(lambda a: jnp.full((slots, *a.shape), jnp.nan, a.dtype), net)
         return cls(blank, blank, blank, blank, nets, jnp.zeros((), int), jnp.ones((), int))

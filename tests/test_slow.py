@@ -83,6 +83,28 @@ def trial(seed, index):
     return gf.ReluNetwork.random(weights, 32), data
 
 
+def default_trial(index):
+    _, data, net = gf.Trial().draw(jr.fold_in(jr.key(0), index))
+    return net, data
+
+
+# The events that these flows had when modes still flickered, and all of them ended at the step limit.
+CHATTERED = [
+    pytest.param(default_trial, 754, id="at a point, released one by one"),
+    pytest.param(lambda i: trial(7, i), 47, id="2,810 crossings by a breakpoint that would stick"),
+    pytest.param(default_trial, 319, id="23,167 at a stationary point", marks=pytest.mark.slow),
+    pytest.param(lambda i: trial(5, i), 55, id="2,819 near a stationary point", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("draw", "index"), CHATTERED)
+def test_modes_do_not_flicker(draw, index):
+    net, data = draw(index)
+    flow = gf.integrate(net, data, until=gf.Until(log_loss=-1000.0), max_steps=20_000)
+    assert flow.events < 600
+    assert (flow.status == gf.Status.reached) | (flow.status == gf.Status.stalled)
+
+
 def test_training_that_fails_for_seventeen_decades_may_yet_succeed():
     net, data = trial(5, 57)
     failing = gf.integrate(net, data, until=gf.Until(time=1e17), max_steps=20_000).check()
