@@ -22,7 +22,7 @@ from gradflow.plot import flow_figure, study_figure
 from gradflow.study import FILE, run_study, summary
 from gradflow.trial import SENSITIVITY, Trial
 
-TRIALS, QUICK_TRIALS = 768, 32
+TRIALS, QUICK_TRIALS = 384, 32
 SNAPSHOTS = 200
 DPI = 200
 FIGURES = (".png", ".pdf", ".svg")
