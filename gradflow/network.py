@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -100,7 +101,7 @@ class ReluNetwork(eqx.Module):
             raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(map(repr, SCHEMES))}")
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
-        if is_concrete(scale) and not 0 < scale < jnp.inf:
+        if is_concrete(scale) and not (np.greater(scale, 0) and np.isfinite(scale)):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         dtype = jnp.result_type(dtype)
         keys = jax.vmap(lambda j: jr.fold_in(key, j))(jnp.arange(width))

@@ -108,9 +108,9 @@ class Path(eqx.Module):
             return column.at[count].set(jnp.where(due, entry, column[count]))
 
         columns = (self.time, self.log_time, self.log_loss, self.margin, self.network)
-        columns = jax.tree.map(write, columns, (time, log_time, log_loss, margin, net))
+        time, log_time, log_loss, margin, net = jax.tree.map(write, columns, (time, log_time, log_loss, margin, net))
         stride = jnp.where(full, 2 * self.stride, self.stride)
-        return Path(*columns, jnp.where(due, count + 1, count), stride)
+        return Path(time, log_time, log_loss, margin, net, jnp.where(due, count + 1, count), stride)
 
 
 class Flow(eqx.Module):

@@ -1,0 +1,61 @@
+"""A stand-in for the trial of a study, which draws its record at random from the key and compiles in no time."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import xarray as xr
+
+from gradflow import study
+from gradflow.trial import Record, Trial
+
+QUICK = Trial(neurons=2, switches=1, width=32, samples=20, log_loss=-5, max_steps=2000)
+KEY = jr.key(5)
+
+
+# The stand-in
+
+FAKE = dataclasses.replace(QUICK, samples=19, width=1000)  # sizes that no real trial has: compiled code is shared
+_widths = itertools.count(1001)
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Puts the stand-in in place of the trial's record, and lists its traces."""
+    traces = []
+
+    def record(sizes, values, key):
+        traces.append(sizes)
+        bits = jr.bits(key, (len(Record._fields),), jnp.uint32)
+        outcome = {}
+        for i, (name, (kind, *_)) in enumerate(study._VARIABLES.items()):
+            real = bits[i].astype(values.scale.dtype) / 2**32 * values.scale
+            outcome[name] = real if kind is np.float64 else (bits[i] % 3).astype(kind)
+        return Record(**outcome)
+
+    monkeypatch.setattr(study, "record", record)
+    return traces
+
+
+@pytest.fixture
+def trial(traces):
+    """The stand-in trial; compiled once for each batch size, for all tests."""
+    return FAKE
+
+
+@pytest.fixture
+def fresh(traces):
+    """A stand-in trial that nothing has been compiled for, and its traces."""
+    return dataclasses.replace(FAKE, width=next(_widths)), traces
+
+
+def same(a: xr.Dataset, b: xr.Dataset) -> bool:
+    """Equal in every variable, coordinate and meaning; provenance may differ."""
+    return a.drop_attrs(deep=False).identical(b.drop_attrs(deep=False))
+
+
+def first(dataset, trials):
+    return dataset.isel(trial=slice(trials))
