@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.data import Dataset
+from gradflow.lift import Local, drive
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
 from gradflow.sites import Sites
@@ -161,16 +162,17 @@ class Field(eqx.Module):
         """The number of positions that the Jacobian is summed over."""
         return min(self.points.x.shape[0], 2 * (self.mode.cell.shape[0] + 1))
 
-    def margins(self, net: ReluNetwork) -> Float[Array, " n"]:
-        """q_i, each neuron taken as linear on its active range; O(n + k)."""
-        return self.points.y * self.sites.lines(net.v * net.w, net.v * net.b)
+    def margins(self, lines: Float[Array, "2 k"]) -> Float[Array, " n"]:
+        """q_i of neurons that draw these `lines` on their active ranges; O(n + k)."""
+        return self.points.y * self.sites.lines(*lines)
 
     def respond(self, net: ReluNetwork, change: ReluNetwork) -> Float[Array, " n"]:
         """∂q·change: how the margins answer to a small change of the parameters; O(n + k)."""
-        return self.points.y * _respond(self.sites, net, change)
+        slope, offset = net.v * change.w + change.v * net.w, net.v * change.b + change.v * net.b
+        return self.points.y * self.sites.lines(slope, offset)
 
-    def weights(self, net: ReluNetwork) -> Weights:
-        q = self.margins(net)
+    def weights(self, lines: Float[Array, "2 k"]) -> Weights:
+        q = self.margins(lines)
         log_total = jax.nn.logsumexp(self.points.log_count)
         # The padding has no weight; a finite margin there keeps derivatives finite.
         log_weight = self.loss.log_weight(q) + self.points.log_count
@@ -195,18 +197,19 @@ class Field(eqx.Module):
         along = jnp.sum(vector * tangent, axis=0)
         return jnp.where(self.mode.sliding[None], along[None] * tangent, vector)
 
+    def pull(self, force: Float[Array, " n"]) -> Float[Array, "2 k"]:
+        """z_j = Σ_i force_i y_i x̃_i over the points at which each neuron is active, projected as in this mode."""
+        return self.project(self.sites.pull(force * self.points.y))
+
     def combine(self, net: ReluNetwork, force: Float[Array, " n"]) -> ReluNetwork:
         """Σ_i force_i y_i ∂q_i, with the projections of this mode."""
-        return self._combine(net, self.sites, force * self.points.y)
-
-    def _combine(self, net: ReluNetwork, sites: Sites, force: Float[Array, " s"]) -> ReluNetwork:
-        z = self.project(sites.pull(force))
-        return ReluNetwork(net.v * z[0], net.v * z[1], z[0] * net.w + z[1] * net.b)
+        return drive(net, self.pull(force))[0]
 
     def __call__(self, time, y, args):
-        net, clock = y
-        weights = self.weights(net)
-        return self.combine(net, weights.p), self.clock_rate(clock, weights)
+        """Velocities of the neurons, of their lines (`lift.py`) and of the clock."""
+        net, lines, clock = y
+        weights = self.weights(lines)
+        return *drive(net, self.pull(weights.p)), self.clock_rate(clock, weights)
 
     def clock_rate(self, clock: Float[Array, ""], weights: Weights) -> Float[Array, ""]:
         return jnp.exp(weights.log_factor - clock - weights.log_rate - self.log_unit)
@@ -220,15 +223,15 @@ class Field(eqx.Module):
         share = weights.c * self.squared_gradients(net)
         if self.rank >= self.spread:
             return jnp.sum(share), jnp.zeros_like(share[0])
-        sites, curvature, _, _ = self._summed(weights)
+        sites, curvature, *_ = self._summed(weights)
         kept = jax.lax.top_k(curvature * sites.squares(_moments(net)), self.rank)[0]
         return jnp.sum(share), jnp.maximum(jnp.sum(share) - jnp.sum(kept), 0)
 
     def _summed(self, weights: Weights):
-        """What the Jacobian is summed over: sites, c, and p and c of the two parts of the split, signed by y."""
+        """What the Jacobian is summed over: sites, c, and p/total and c of the two parts of the split, signed by y."""
         part = jnp.stack([~self.slow.rest, self.slow.rest])
-        signed = jnp.concatenate([jnp.where(part, (a * self.points.y)[None], 0) for a in (weights.p, weights.c)])
-        sites, curvature = self.sites, weights.c
+        signed = [jnp.where(part, (a * self.points.y)[None], 0) for a in (weights.p / weights.total, weights.c)]
+        sites, curvature, signed = self.sites, weights.c, jnp.concatenate(signed)
         if self.compresses:
             sites, curvature, signed = sites.compress(curvature, signed)
         return sites, curvature, signed[:2], signed[2:]
@@ -236,79 +239,52 @@ class Field(eqx.Module):
     def resolvent(self, y, sigma):
         """r ↦ (σ I − J)^{−1} r, with J the Jacobian of this field at `y`; r must keep sliding neurons on their rays.
 
-        J = B − Qᵀ C Q: B is block-diagonal with the 3×3 blocks (0, z; zᵀ, 0) per neuron, Q the gradients of the network
-        at the sites, and C = diag(c) − Σ_g p_g c_gᵀ/total_g from the softmax, one g or two (`slow.py`). Only the `rank`
-        sites with the largest c_i ‖∂q_i‖² are kept in C, so that Woodbury's formula needs one inverse of that size;
-        `stiffness` bounds the rest. The clock's row comes last.
+        J = B − D Qᵀ C Q: B is block-diagonal with a 5 × 5 block per neuron (`lift.py`), Q the values of the network at
+        the sites as linear functions of its lines, D the response of the neurons' velocities to forces on their lines,
+        and C = diag(c) − Σ_g p_g c_gᵀ/total_g from the softmax, one g or two (`slow.py`). Only the `rank` sites with
+        the largest c_i ‖∂q_i‖² are kept in C, so that Woodbury's formula needs one inverse of that size; `stiffness`
+        bounds the rest. The clock's row comes last.
         """
-        net, clock = y
-        weights = self.weights(net)
-        z = self.project(self.sites.pull(weights.p * self.points.y))
-        determinant = sigma**2 - jnp.sum(z**2, axis=0)
-
-        def blocks(r: ReluNetwork) -> ReluNetwork:
-            """(σ I − B)^{−1} r."""
-            v = (sigma * r.v + z[0] * r.w + z[1] * r.b) / determinant
-            return ReluNetwork((r.w + z[0] * v) / sigma, (r.b + z[1] * v) / sigma, v)
-
+        net, lines, clock = y
+        weights = self.weights(lines)
+        local = Local(net, self.pull(weights.p), sigma, self.mode.sliding, self.tangent())
         sites, c, signed_p, signed_c = self._summed(weights)
         whole = self.rank >= sites.count
         kept = jnp.arange(sites.count, dtype=jnp.int32)
         if not whole:
             kept = jax.lax.top_k(c * sites.squares(_moments(net)), self.rank)[1]
-        # With G = Q (σI − B)^{−1} Qᵀ and s = √c: (I + C G)^{−1} C = s (K − e fᵀ (K − I))^{−1} (I − e fᵀ) s, where
-        # K = I + s G s is symmetric positive definite, f = c_g/s, e = p_g/(total_g s): Woodbury once more, with 2 × 2.
+        # With G = Q (σI − B)^{−1} D Qᵀ and s = √c: (I + C G)^{−1} C = s (K − e fᵀ (K − I))^{−1} (I − e fᵀ) s, where
+        # K = I + s G s, f = c_g/s, e = p_g/(total_g s): Woodbury once more, with 2 × 2.
         s = jnp.sqrt(c[kept])
-        inverse = inverse_of_positive_definite(
-            jnp.eye(kept.size, dtype=s.dtype)
-            + s[:, None] * sites.gram(self._block_moments(net, z, sigma, determinant), kept) * s[None, :]
-        )
         over = jnp.where(s > 0, 1 / jnp.where(s > 0, s, 1), 0)
-        size = jnp.where(self.slow.holds, jnp.exp(self.slow.log_size), 0)
-        f = signed_c[:, kept] * over[None]
-        e = signed_p[:, kept] * over[None] / jnp.stack([1 - size, jnp.where(self.slow.holds, size, 1)])[:, None]
-        inverse_e = e @ inverse
-        (w00, w01), (w10, w11) = jnp.eye(2, dtype=s.dtype) - f @ e.T + f @ inverse_e.T
+        f, e = signed_c[:, kept] * over[None], signed_p[:, kept] * over[None]
+        matrix = jnp.eye(kept.size, dtype=s.dtype) + s[:, None] * sites.gram(local.response(), kept) * s[None, :]
+        solve_matrix = solver_of_positive_definite(matrix)
+        first_e, second_e = solve_matrix(e[0]), solve_matrix(e[1])
+        (w00, w01), (w10, w11) = jnp.eye(2, dtype=s.dtype) - f @ e.T + f @ jnp.stack([first_e, second_e], axis=1)
         w_determinant = w00 * w11 - w01 * w10
 
         def pull_back(response):
             """(I + C G)^{−1} C · response."""
             y = s * response - (f @ (s * response)) @ e
-            k = inverse @ y
+            k = solve_matrix(y)
             a, b = f @ (y - k)
-            return s * (k + ((w11 * a - w01 * b) * inverse_e[0] + (w00 * b - w10 * a) * inverse_e[1]) / w_determinant)
+            return s * (k + ((w11 * a - w01 * b) * first_e + (w00 * b - w10 * a) * second_e) / w_determinant)
 
         rate = self.clock_rate(clock, weights)
         # The clock counts the loss that falls: of all points, or of the light ones in a slow phase.
         falls = self.slow.rest | ~self.slow.holds
-        sway = self.combine(net, jnp.where(falls, weights.c / weights.total, 0))
+        sway = self.sites.pull(jnp.where(falls, weights.c / weights.total, 0) * self.points.y)
 
         def solve(right):
-            change, tick = right
-            first = blocks(change)
-            force = pull_back(_respond(sites, net, first)[kept])
+            change, lines, tick = right
+            force = pull_back(sites.lines(*local.solve(change, lines)[1])[kept])
             force = force if whole else jnp.zeros_like(sites.x).at[kept].set(force)
-            out = jax.tree.map(jnp.subtract, first, blocks(self._combine(net, sites, force)))
-            pushed = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(sway), jax.tree.leaves(out), strict=True))
-            return out, (tick + rate * pushed) / (sigma + rate)
+            back = drive(net, self.project(sites.pull(force)))
+            out, out_lines = local.solve(*jax.tree.map(jnp.subtract, (change, lines), back))
+            return out, out_lines, (tick + rate * jnp.sum(sway * out_lines)) / (sigma + rate)
 
         return solve
-
-    def _block_moments(self, net: ReluNetwork, z, sigma, determinant) -> Float[Array, "3 k"]:
-        """M_j of x̃ᵀ M_j x̃ = ∂N (σ I − B)^{−1} ∂Nᵀ for one neuron: (v² I + a aᵀ/(σ² − ‖z‖²))/σ with a = v z + σ u, I
-        the projection where it slides.
-        """
-        a = net.v[None] * z + sigma * jnp.stack([net.w, net.b])
-        tangent = jnp.where(self.mode.sliding[None], self.tangent(), 1)
-        cross = jnp.where(self.mode.sliding, tangent[0] * tangent[1], 0)
-        identity = jnp.stack([tangent[0] ** 2, cross, tangent[1] ** 2])
-        outer = jnp.stack([a[0] ** 2, a[0] * a[1], a[1] ** 2])
-        return (net.v[None] ** 2 * identity + outer / determinant[None]) / sigma
-
-
-def _respond(sites: Sites, net: ReluNetwork, change: ReluNetwork) -> Float[Array, " s"]:
-    """How the network's values at the sites answer to a small change of its parameters."""
-    return sites.lines(net.v * change.w + change.v * net.w, net.v * change.b + change.v * net.b)
 
 
 def _moments(net: ReluNetwork) -> Float[Array, "4 k"]:
@@ -316,11 +292,14 @@ def _moments(net: ReluNetwork) -> Float[Array, "4 k"]:
     return jnp.stack([net.w**2, net.w * net.b, net.b**2, net.v**2])
 
 
-def inverse_of_positive_definite(matrix: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """The inverse, by Gauss–Jordan elimination in place; positive definite matrices need no pivoting.
+def solver_of_positive_definite(matrix: Float[Array, "r r"]):
+    """y ↦ `matrix`^{−1} y, by Gauss–Jordan elimination in place: a matrix whose symmetric part is positive definite
+    needs no pivoting.
 
-    Not LAPACK's: on a CPU, JAX's batched factorisations wait inside XLA's thread pool for tasks in that same pool, so
-    that two programs at once can wait for ever (seen with jaxlib 0.10.2).
+    An inverse is wrong by up to its condition number squared in rounding, where the solution is small although y is
+    not, as under stiff forces that cancel; one step of refinement makes it as good as back substitution (Higham 2002,
+    12 and 14). Not LAPACK's: on a CPU, JAX's batched factorisations wait inside XLA's thread pool for tasks in that
+    same pool, so that two programs at once can wait for ever (seen with jaxlib 0.10.2).
     """
     index = jnp.arange(matrix.shape[0])
 
@@ -332,4 +311,10 @@ def inverse_of_positive_definite(matrix: Float[Array, "r r"]) -> Float[Array, "r
         rest = jnp.where(here[:, None] | here[None, :], 0, a)
         return rest - factor[:, None] * row[None, :]
 
-    return jax.lax.fori_loop(0, matrix.shape[0], eliminate, matrix)
+    inverse = jax.lax.fori_loop(0, matrix.shape[0], eliminate, matrix)
+
+    def solve(y):
+        x = inverse @ y
+        return x + inverse @ (y - matrix @ x)
+
+    return solve

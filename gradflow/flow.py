@@ -122,7 +122,7 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
     rank = min(data.samples, 2 * (net.width + 1), _RANK)
 
     initial = Field(points, loss, mode, no_split(points.x), zero, rank)
-    weights = initial.weights(net)
+    weights = initial.weights(net.lines)
     largest = jnp.max(jnp.where(weights.p > 0, initial.squared_gradients(net), 0))
     safe = jnp.where(largest > 0, largest, 1)
     log_unit = -weights.log_rate - jnp.log(safe)
@@ -183,7 +183,7 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
     if path is not None:
         path = problem.record(path, state, state.time > path.time[path.count - 1])
     field = problem.field(state)
-    weights = field.weights(state.net)
+    weights = field.weights(state.net.lines)
     scale = state.net.squared_norm
     return Flow(
         final=state.net,

@@ -5,6 +5,8 @@ event instead, or accepted; then the mode is decided anew, invariants are restor
 and the status is judged. All lanes of a batch do the same work in an attempt.
 """
 
+import functools
+
 import diffrax
 import equinox as eqx
 import jax
@@ -13,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.clarke import Field, Mode, Points, Weights
 from gradflow.events import NODES, Tolerance, look_ahead, update
+from gradflow.lift import from_lines
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
 from gradflow.outcome import Path, Status, Until
@@ -73,18 +76,18 @@ class Problem(eqx.Module):
         """One step attempt: rejected for its error, rejected to land on an event instead, or accepted."""
         field, dtype = self.field(state), state.time.dtype
         tolerance = self.tolerance(state.pace)
-        start = field.weights(state.net)
+        start = field.weights(state.net.lines)
         remaining = (self.until.time.astype(dtype) - state.time) * jnp.exp(-start.log_factor)
         step = jnp.minimum(jnp.minimum(state.step, state.cap), remaining)
         new, clock, error, clock_error, nodes = self.advance(field, state, start, step)
-        end = field.weights(new)
+        end = field.weights(new.lines)
         ratio, noise = self.error_ratio(field, state, new, clock, error, clock_error, end, tolerance)
         sound = ratio <= 1
         outlook = look_ahead(field, nodes, start, end, step, noise, tolerance)
         early = sound & (outlook.share <= 1)
         accept = sound & ~early
         net, mode, events = update(field, new, end, outlook.passed, outlook.released, noise, tolerance)
-        net = _rebalanced(net, self.balance)
+        net = from_lines(net, net.lines, self.balance)
 
         # The error of both methods behaves like h⁴ or better. A step that was just found too long does not grow again.
         most = jnp.where(state.shrunk, 1.0, 5.0)
@@ -117,21 +120,25 @@ class Problem(eqx.Module):
         return self.judge(state)
 
     def advance(self, field: Field, state: State, weights: Weights, step):
-        """One step of the fitting solver, and the network at the five nodes of the step."""
-        y, zero = (state.net, state.clock), jnp.zeros_like(step)
+        """One step of the fitting solver, its error, and the network at the five nodes of the step."""
+        y, zero = (state.net, state.net.lines, state.clock), jnp.zeros_like(step)
         terms = diffrax.ODETerm(field)
 
         def run(solver):
             def branch():
                 # The flow is autonomous: steps start at 0, so that one below the rounding of τ still moves θ.
                 memory = solver.init(terms, zero, step, y, None)
-                (new, clock), error, dense, _, _ = solver.step(terms, zero, step, y, None, memory, made_jump=True)
+                (net, lines, clock), error, dense, _, _ = solver.step(
+                    terms, zero, step, y, None, memory, made_jump=True
+                )
                 if error is None:
                     raise ValueError(f"{type(solver).__name__} gives no error estimate; wrap it in diffrax.HalfSolver")
                 dense = solver.interpolation_cls(t0=zero, t1=step, **dense)
-                inner = [dense.evaluate(step * jnp.asarray(s, step.dtype))[0] for s in NODES[1:-1]]
+                settle = functools.partial(from_lines, balance=self.balance)
+                new, change = jax.jvp(settle, (net, lines), error[:2])
+                inner = [settle(*dense.evaluate(step * jnp.asarray(s, step.dtype))[:2]) for s in NODES[1:-1]]
                 nodes = jax.tree.map(lambda *a: jnp.stack(a), state.net, *inner, new)
-                return new, clock, *error, nodes
+                return new, clock, change, error[2], nodes
 
             return branch
 
@@ -169,7 +176,7 @@ class Problem(eqx.Module):
     def judge(self, state: State) -> State:
         """The status after an attempt."""
         field, until, dtype = self.field(state), self.until, state.time.dtype
-        weights = field.weights(state.net)
+        weights = field.weights(state.net.lines)
         velocity = field.combine(state.net, weights.p)
         speed, rho = jnp.sqrt(velocity.squared_norm), jnp.sqrt(state.net.squared_norm)
         separated = weights.log_loss < self.log_separated
@@ -208,7 +215,7 @@ class Problem(eqx.Module):
 
     def record(self, path: Path, state: State, due) -> Path:
         """`path` with the present state in its next slot, if `due`."""
-        weights = self.field(state).weights(state.net)
+        weights = self.field(state).weights(state.net.lines)
         margin = jnp.min(weights.q) / state.net.squared_norm
         return path.with_row(due, state.time, self.log_time(state.clock), weights.log_loss, margin, state.net)
 
@@ -225,18 +232,6 @@ class Problem(eqx.Module):
         late = clock > 1
         small = jnp.log(jnp.expm1(jnp.where(late, 1, clock)))
         return self.log_unit + jnp.where(late, clock + jnp.log(-jnp.expm1(-jnp.where(late, clock, 1))), small)
-
-
-def _rebalanced(net: ReluNetwork, balance: Float[Array, " k"]) -> ReluNetwork:
-    """`net` put back on the invariants v_j² − ‖u_j‖² = `balance`, by one Newton step u(1 + ε), v(1 − ε).
-
-    Both scale along themselves, so breakpoints and modes stay; ε is of the size of the step's error (Hairer, Lubich and
-    Wanner 2006, IV.4: projection keeps the order).
-    """
-    norm = jnp.hypot(net.w, net.b)
-    size = net.v**2 + norm**2
-    epsilon = 0.5 * ((net.v - norm) * (net.v + norm) - balance) / jnp.where(size > 0, size, 1)
-    return ReluNetwork(net.w * (1 + epsilon), net.b * (1 + epsilon), net.v * (1 - epsilon))
 
 
 def misalignment(net: ReluNetwork, velocity: ReluNetwork) -> Float[Array, ""]:

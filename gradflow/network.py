@@ -64,6 +64,11 @@ class ReluNetwork(eqx.Module):
         norm = jnp.hypot(self.w, self.b)
         return (self.v - norm) * (self.v + norm)
 
+    @property
+    def lines(self) -> Float[Array, "2 k"]:
+        """Slope v_j w_j and offset v_j b_j of the line that each neuron adds where it is active."""
+        return jnp.stack([self.v * self.w, self.v * self.b])
+
     def scaled(self, factor) -> "ReluNetwork":
         """The network with every parameter times `factor`: its values are those of this one times `factor`²."""
         return jax.tree.map(lambda a: a * factor, self)

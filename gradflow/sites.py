@@ -51,21 +51,21 @@ class Sites(eqx.Module):
         a, b, c, d = self.over_neurons(moments)
         return jnp.maximum(a * self.x**2 + 2 * b * self.x + c, 0) + d * (self.x**2 + 1)
 
-    def gram(self, moment: Float[Array, "3 k"], kept: Int[Array, " r"]) -> Float[Array, "r r"]:
-        """Σ_j x̃_iᵀ M_j x̃_l over the neurons active at both i and l of `kept`, M_j = (m_0, m_1; m_1, m_2).
+    def gram(self, matrix: Float[Array, "4 k"], kept: Int[Array, " r"]) -> Float[Array, "r r"]:
+        """Σ_j x̃_iᵀ M_j x̃_l over the neurons active at both i and l of `kept`, M_j = (m_0, m_1; m_2, m_3).
 
         For x_i ≤ x_l those are the right-facing neurons active at x_i and the left-facing ones active at x_l.
         """
         s = self.count
-        right = jnp.where((self.high == s)[None], moment, 0)
-        left = jnp.where(((self.high < s) & (self.high > 0))[None], moment, 0)
-        empty = jnp.zeros((3, s), moment.dtype)
+        right = jnp.where((self.high == s)[None], matrix, 0)
+        left = jnp.where(((self.high < s) & (self.high > 0))[None], matrix, 0)
+        empty = jnp.zeros((4, s), matrix.dtype)
         rightward = jnp.cumsum(empty.at[:, jnp.minimum(self.low, s - 1)].add(right), axis=1)
         leftward = jnp.cumsum(empty.at[:, jnp.maximum(self.high - 1, 0)].add(left)[:, ::-1], axis=1)[:, ::-1]
         first, second = jnp.minimum(kept[:, None], kept[None, :]), jnp.maximum(kept[:, None], kept[None, :])
         h = rightward[:, first] + leftward[:, second]
         x = self.x[kept]
-        return h[0] * (x[:, None] * x[None, :]) + h[1] * (x[:, None] + x[None, :]) + h[2]
+        return h[0] * (x[:, None] * x[None, :]) + h[1] * x[:, None] + h[2] * x[None, :] + h[3]
 
     def compress(self, weight: Float[Array, " s"], vectors: Float[Array, "m s"]):
         """Two positions per interval between breakpoints that stand for all of its positions.
