@@ -7,7 +7,7 @@ through five of its points.
 An event *matters* if ignoring it until the end of the step could move the neuron by more than a tenth of its
 tolerance, by the jump of the field, |v_j| Σ p_i ‖x̃_i‖ over the points passed, times the step, or a margin that
 counts by more than a tenth of its own, by v_j times the distance gone beyond the ray. Those that do neither are
-passed several at a time.
+passed several at a time, and so are those that matter but can be made good (`crossing.py`).
 
 **Noise.** Margins with errors δq put every z_j wrong by up to ν = Σ c_i |δq_i| ‖x̃_i‖, the `noise`. Where forces all but
 cancel, velocities on the sides of a ray can be smaller than |v_j| ν, and their signs arbitrary. In doubt a breakpoint
@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.clarke import Field, Mode, Points, Weights, active_cell, cell_range, find_cell, inactive_cell
+from gradflow.crossing import cross
 from gradflow.network import ReluNetwork
 from gradflow.sites import Sites
 
@@ -37,13 +38,17 @@ class Tolerance(eqx.Module):
     atol: Float[Array, ""]
     margin: Float[Array, ""]
 
-    def landing(self, net: ReluNetwork) -> Float[Array, " k"]:
-        """How near to a ray is on it: within a fifth of rtol ‖u_j‖, and v_j times it within a tenth of `margin`.
+    def reach(self, net: ReluNetwork, points: Points) -> Float[Array, " k"]:
+        """How far u_j may be put aside: v_j times that moves no margin by more than a tenth of `margin`.
 
-        Without the second, putting a large neuron on its ray kicks the margins, and with them all velocities.
+        Beyond it, putting a large neuron on its ray kicks the margins, and with them all velocities.
         """
-        reach = jnp.where(net.v == 0, jnp.inf, 0.1 * self.margin / jnp.where(net.v == 0, 1, jnp.abs(net.v)))
-        return jnp.minimum(0.2 * self.rtol * jnp.hypot(net.w, net.b), reach)
+        lever = jnp.abs(net.v) * jnp.sqrt(jnp.max(points.squared_norm))
+        return jnp.where(lever > 0, 0.1 * self.margin / jnp.where(lever > 0, lever, 1), jnp.inf)
+
+    def landing(self, net: ReluNetwork, points: Points) -> Float[Array, " k"]:
+        """How near to a ray is on it: within a fifth of rtol ‖u_j‖, and within `reach`."""
+        return jnp.minimum(0.2 * self.rtol * jnp.hypot(net.w, net.b), self.reach(net, points))
 
     @property
     def release(self) -> Float[Array, ""]:
@@ -102,14 +107,19 @@ def side_velocities(field: Field, net: ReluNetwork, weights: Weights, ray: Int[A
 class Outlook(eqx.Module):
     """What a step that passed error control runs into.
 
-    - `share`: the part of the step up to the earliest event that matters, +∞ if none;
+    - `share`: the part of the step that can be taken: up to the earliest event that matters or, if that is more, the
+      part in which crossings can be made good; +∞ for all of it;
     - `passed`: free neurons that left their cell in a way that does not matter;
-    - `released`: sliding neurons whose sliding condition is violated at the end.
+    - `released`: sliding neurons whose sliding condition is violated at the end;
+    - `kick`: (2, k) what crossings add to u;
+    - `growth`: the next step should be no longer than this times the step.
     """
 
     share: Float[Array, ""]
     passed: Bool[Array, " k"]
     released: Bool[Array, " k"]
+    kick: Float[Array, "2 k"]
+    growth: Float[Array, ""]
 
 
 def look_ahead(
@@ -129,11 +139,11 @@ def look_ahead(
     quartic = jnp.einsum("ij,jrk->irk", jnp.asarray(_TO_QUARTIC, dtype), value)
     scan = jnp.einsum("ij,jrk->irk", jnp.asarray(_SCAN, dtype), quartic)  # (17, 2, k)
     sliding = mode.sliding[None]
-    touch = jnp.where(sliding, 0.1 * tolerance.size(last)[None], tolerance.landing(last)[None])
+    touch = jnp.where(sliding, 0.1 * tolerance.size(last)[None], tolerance.landing(last, points)[None])
     below = scan < -touch[None]
     hit = jnp.any(below, axis=0)
     index = jnp.maximum(jnp.argmax(below, axis=0), 1)
-    crossing = _root(quartic, index, len(_SCAN) - 1)
+    root = jnp.where(hit, _root(quartic, index, len(_SCAN) - 1), jnp.inf)
 
     slack = 2 * noise * jnp.abs(last.v)
     before = side_velocities(field, first, start, jnp.maximum(mode.ray, 0)).excess(slack)
@@ -146,7 +156,9 @@ def look_ahead(
     heaviest = jnp.maximum(start.p, end.p) * jnp.hypot(1, points.x)
     ray = rays(mode, n)
     neighbour = jnp.sum(jnp.where(hit, heaviest[ray % n], 0), axis=0)
-    moved = _passed_weight(heaviest, mode.cell, find_cell(last, points), n)
+    passed = ~mode.sliding & jnp.any(scan[-1] < -touch, axis=0)
+    cell = jnp.where(passed, find_cell(last, points), mode.cell)
+    moved = _passed_weight(heaviest, mode.cell, cell, n)
     weight = jnp.where(mode.sliding, heaviest[mode.ray % n], jnp.maximum(neighbour, moved))
     weight = jnp.where(mode.sliding & hit[0], jnp.sum(heaviest), weight)
     matters = jnp.abs(last.v) * weight * step > 0.1 * tolerance.size(last)
@@ -154,11 +166,19 @@ def look_ahead(
     mass = jnp.minimum(1, weight * jnp.sum(jnp.exp(points.log_count)))
     matters |= ~mode.sliding & (jnp.abs(last.v) * depth * mass > 0.1 * tolerance.margin)
 
+    crossing = cross(field, first, last, start, end, step, cell, weight, depth, tolerance.size(last), tolerance.rtol)
+    passes = matters & crossing.harmless
+    enough = jnp.where(crossing.enough >= jnp.maximum(jnp.min(root, axis=0), 0.05), crossing.enough, 0)
+    many = matters & (enough > 0)
+    growth = jnp.min(jnp.where(many, enough, jnp.inf))
+    matters &= ~passes
+
     # A neuron that starts a hair beyond its ray would be sent back to the start: a hundredth of the step is progress.
-    share = jnp.maximum(jnp.min(jnp.where(hit & matters[None], crossing, jnp.inf)), 0.01)
+    stop = jnp.where(hit & matters[None], jnp.where(mode.sliding[None], root, jnp.maximum(root, enough[None])), jnp.inf)
+    share = jnp.maximum(jnp.min(stop), 0.01)
     share = jnp.minimum(share, jnp.min(jnp.where(loose & matters, aim, jnp.inf)))
-    passed = ~mode.sliding & jnp.any(scan[-1] < -touch, axis=0)
-    return Outlook(share, passed, released)
+    kick = jnp.where((passed & passes)[None], crossing.kick, 0)
+    return Outlook(share, passed, released, kick, growth)
 
 
 def _root(quartic, index, cells: int):
@@ -205,9 +225,10 @@ def update(
     near = jnp.where(nearer, gap[1], gap[0])
     sides = side_velocities(field, net, weights, ray)
     inside = jnp.where(mode.cell == active_cell(ray, n), sides.active, -sides.inactive)
-    touching = ~mode.sliding & (jnp.abs(near) <= tolerance.landing(net)) & (inside < 0)
+    touching = ~mode.sliding & (jnp.abs(near) <= tolerance.landing(net, points)) & (inside < 0)
     # One that was let pass although it would stick comes back, again and again, unless it is held here.
-    held = (sides.inactive > 0) & (sides.active < 0) & (jnp.abs(near) <= tolerance.size(net))
+    most = jnp.minimum(tolerance.size(net), tolerance.reach(net, points))
+    held = (sides.inactive > 0) & (sides.active < 0) & (jnp.abs(near) <= most)
     touching |= passed & held
 
     # Through the origin of the (w, b) plane, along the ray: out on the opposite one.

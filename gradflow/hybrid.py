@@ -86,7 +86,8 @@ class Problem(eqx.Module):
         outlook = look_ahead(field, nodes, start, end, step, noise, tolerance)
         early = sound & (outlook.share <= 1)
         accept = sound & ~early
-        net, mode, events = update(field, new, end, outlook.passed, outlook.released, noise, tolerance)
+        kicked = ReluNetwork(new.w + outlook.kick[0], new.b + outlook.kick[1], new.v)
+        net, mode, events = update(field, kicked, end, outlook.passed, outlook.released, noise, tolerance)
         net = from_lines(net, net.lines, self.balance)
 
         # The error of both methods behaves like h⁴ or better. A step that was just found too long does not grow again.
@@ -95,6 +96,9 @@ class Problem(eqx.Module):
         proposal = jnp.where(
             sound, jnp.maximum(step * factor, jnp.where(step < state.step, state.step, 0)), step * factor
         )
+
+        proposal = jnp.where(early, state.step, proposal)
+        proposal = jnp.where(sound, jnp.minimum(proposal, step * outlook.growth), proposal)
 
         def keep(new, old):
             return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
@@ -105,7 +109,7 @@ class Problem(eqx.Module):
             keep(mode, state.mode),
             state.slow,
             jnp.where(accept, state.time + self.passed(state, clock, step, end), state.time),
-            jnp.where(early, state.step, proposal),
+            proposal,
             jnp.where(early, step * outlook.share, jnp.inf),
             ~sound,
             jnp.where(accept, noise, state.noise),
