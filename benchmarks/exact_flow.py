@@ -101,7 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=2024)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--first", type=int, default=2_000, help="attempts before a trial goes to the second pass")
     parser.add_argument("--max-steps", type=int, default=20_000)
     parser.add_argument("--quick", action="store_true", help="64 trials")
