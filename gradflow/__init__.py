@@ -10,10 +10,16 @@ from gradflow.distribution import Histogram as Histogram
 from gradflow.distribution import TruncatedNormal as TruncatedNormal
 from gradflow.distribution import Uniform as Uniform
 from gradflow.flow import integrate as integrate
+from gradflow.limit import Limit as Limit
+from gradflow.limit import LimitStatus as LimitStatus
+from gradflow.limit import kkt_residual as kkt_residual
+from gradflow.limit import limit as limit
 from gradflow.loss import Exponential as Exponential
 from gradflow.loss import Logistic as Logistic
 from gradflow.loss import Loss as Loss
 from gradflow.network import ReluNetwork as ReluNetwork
+from gradflow.optimum import Optimum as Optimum
+from gradflow.optimum import max_margin as max_margin
 from gradflow.outcome import Flow as Flow
 from gradflow.outcome import Path as Path
 from gradflow.outcome import Status as Status

@@ -99,9 +99,12 @@ def active_cell(ray: Int[Array, "..."], n: int):
     return jnp.where(ray < n, ray, (ray + 1) % (2 * n))
 
 
-def find_cell(net: ReluNetwork, points: Points) -> Int[Array, " k"]:
-    """The cell of every neuron; a breakpoint exactly on a point counts as inactive there (max(0, ·)' = 0 at 0)."""
-    n = points.x.shape[0]
+def find_cell(net: ReluNetwork, x: Float[Array, " n"]) -> Int[Array, " k"]:
+    """The cell of every neuron among the ascending points x.
+
+    A breakpoint exactly on a point counts as inactive there (max(0, ·)' = 0 at 0).
+    """
+    n = x.shape[0]
     # The number of active points, by bisection on the monotone sequence w x_i + b: exact in floating point, O(log n).
     right = net.w > 0
     low, high = jnp.zeros_like(net.w, jnp.int32), jnp.full_like(net.w, n, jnp.int32)
@@ -109,7 +112,7 @@ def find_cell(net: ReluNetwork, points: Points) -> Int[Array, " k"]:
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) // 2
-        active = net.w * points.x[jnp.minimum(middle, n - 1)] + net.b > 0
+        active = net.w * x[jnp.minimum(middle, n - 1)] + net.b > 0
         # Right-facing: inactive points come first. Left-facing: active ones do.
         forward = jnp.where(right, ~active, active)
         open_ = low < high

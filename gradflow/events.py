@@ -157,7 +157,7 @@ def look_ahead(
     ray = rays(mode, n)
     neighbour = jnp.sum(jnp.where(hit, heaviest[ray % n], 0), axis=0)
     passed = ~mode.sliding & jnp.any(scan[-1] < -touch, axis=0)
-    cell = jnp.where(passed, find_cell(last, points), mode.cell)
+    cell = jnp.where(passed, find_cell(last, points.x), mode.cell)
     moved = _passed_weight(heaviest, mode.cell, cell, n)
     weight = jnp.where(mode.sliding, heaviest[mode.ray % n], jnp.maximum(neighbour, moved))
     weight = jnp.where(mode.sliding & hit[0], jnp.sum(heaviest), weight)
@@ -215,7 +215,7 @@ def update(
     """
     mode, points = field.mode, field.points
     n = points.x.shape[0]
-    cell = jnp.where(passed, find_cell(net, points), mode.cell)
+    cell = jnp.where(passed, find_cell(net, points.x), mode.cell)
     mode = Mode(cell, mode.ray)
     gap, ray = distances(net, mode, points), rays(mode, n)
     nearer = jnp.abs(gap[1]) < jnp.abs(gap[0])

@@ -116,7 +116,7 @@ def _max_norm(y) -> Float[Array, ""]:
 @eqx.filter_jit
 def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> Flow:
     dtype, points = net.w.dtype, Points(data)
-    cell = find_cell(net, points)
+    cell = find_cell(net, points.x)
     mode = Mode(cell, jnp.full_like(cell, -1))
     zero, one, none = jnp.zeros((), dtype), jnp.ones((), dtype), jnp.zeros(cell.shape, bool)
     rank = min(data.samples, 2 * (net.width + 1), _RANK)

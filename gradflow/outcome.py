@@ -19,7 +19,10 @@ class Status(eqx.Enumeration):
         "initialisation or a wider network may do better."
     )
     not_separable = "Some point carries both labels, so that no network classifies the data: remove one of them."
-    step_limit = "Stopped at `max_steps` before `until` was met. Raise `max_steps`, or ask for less."
+    step_limit = (
+        "Stopped at `max_steps` before `until` was met. Raise `max_steps`, or ask for less; inputs and breakpoints of "
+        "the order of 1 take the fewest steps."
+    )
     step_too_small = (
         "The step size fell below rounding: the tolerance is finer than the float dtype can meet. Loosen `rtol` and "
         "`atol`, or use float64."

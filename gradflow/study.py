@@ -35,7 +35,7 @@ from gradflow.trial import Record, Trial, Verdict, record, region_bound
 
 FILE = "study.nc"
 _CHECKPOINT = 60.0  # seconds between saves of an unfinished study
-_CPU_BATCH, _DEVICE_BATCH = 16, 1024
+_CPU_BATCH, _DEVICE_BATCH = 4, 1024
 _ATTRIBUTES = {"trial", "key", "versions", "backend", "dtype", "created", "seconds", "history"}
 _VERDICTS = {verdict.value: verdict.name for verdict in Verdict}
 _BOOL = {0: "no", 1: "yes"}

@@ -236,6 +236,19 @@ def _determinants(matrices: np.ndarray) -> np.ndarray:
     return sum((-1) ** i * matrices[:, i, 0] * _determinants(minor) for i, minor in enumerate(minors))
 
 
+# --- The maximum margin -----------------------------------------------------------------------------------------------
+
+
+def best_value(x, y) -> float:
+    """K7: ½‖θ*‖² for m ≥ 3 label switches: Σ of the distances between the lines through the points at the switches."""
+    order = np.argsort(x)
+    x, y = np.asarray(x, float)[order], np.asarray(y, float)[order]
+    at = np.flatnonzero(y[1:] != y[:-1])
+    slope = (y[at + 1] - y[at]) / (x[at + 1] - x[at])
+    offset = y[at] - slope * x[at]
+    return float(np.hypot(np.diff(slope), np.diff(offset)).sum())
+
+
 # --- Losses and the normal law ----------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ def setting(loss, slides=0, width=10, samples=9, rank=9, split=False):
     data = gf.Teacher.random(teacher, 4, switches=3).sample(sample, samples)
     net, points = gf.ReluNetwork.random(weights, width), Points(data)
     slow = Slow((jnp.arange(samples) % 3 == 0) & split, jnp.array(-1.5))
-    cell = find_cell(net, points)
+    cell = find_cell(net, points.x)
     ray = jnp.where(jnp.arange(width) < slides, cell, -1).astype(cell.dtype)
     field = Field(points, loss, Mode(cell, ray), slow, jnp.array(0.3), rank)
     on = field.project(jnp.stack([net.w, net.b]))
@@ -46,7 +46,7 @@ def test_cells_are_the_activation_patterns(samples):
     net = gf.ReluNetwork.random(jr.key(0), 200)
     data = gf.Dataset(jr.normal(jr.key(1), (samples,)), jnp.ones(samples))
     points = Points(data)
-    low, high = cell_range(find_cell(net, points), samples)
+    low, high = cell_range(find_cell(net, points.x), samples)
     index = np.arange(samples)[None]
     got = (index >= np.asarray(low)[:, None]) & (index < np.asarray(high)[:, None])
     np.testing.assert_array_equal(got, net.w[:, None] * points.x[None] + net.b[:, None] > 0)
@@ -55,7 +55,7 @@ def test_cells_are_the_activation_patterns(samples):
 def test_a_breakpoint_on_a_point_is_inactive_there_and_zero_neurons_are_dead():
     points = Points(gf.Dataset([-1.0, 0.0, 1.0], [1, 1, 1]))
     net = gf.ReluNetwork([1.0, -1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0, -2.0], [1.0] * 5)
-    low, high = cell_range(find_cell(net, points), 3)
+    low, high = cell_range(find_cell(net, points.x), 3)
     active = [list(range(a, b)) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
     assert active == [[2], [0], [], [0, 1, 2], []]
 

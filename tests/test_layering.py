@@ -15,7 +15,7 @@ PACKAGE = Path(gradflow.__file__).parent
 # A module may import from those before it.
 ORDER = (
     "network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock outcome hybrid "
-    "flow descent limit optimum theory trial statistics study plot __main__"
+    "flow descent program limit optimum theory trial statistics study plot __main__"
 ).split()
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 ROOMS = {

@@ -107,7 +107,14 @@ CHATTERED = [
 CREPT = [745, 1000, 1946, 2891, 2938, 3000, 3159, 4415, 4536, 4669]
 
 
-@pytest.mark.parametrize(("draw", "index"), [*CHATTERED, *(pytest.param(reference_trial, i) for i in CREPT)])
+# Two breakpoints that cross one point to and fro, 12,927 times in 20,000 attempts: on either side the weights settle
+# to values that send them back.
+FLICKERS = pytest.param(
+    reference_trial, 4301, id="to and fro", marks=pytest.mark.xfail(strict=True, reason="still meets the step limit")
+)
+
+
+@pytest.mark.parametrize(("draw", "index"), [*CHATTERED, *(pytest.param(reference_trial, i) for i in CREPT), FLICKERS])
 def test_flows_that_almost_stand_still_neither_flicker_nor_creep(draw, index):
     net, data = draw(index)
     flow = gf.integrate(net, data, until=gf.Until(log_loss=-1000.0), max_steps=20_000)

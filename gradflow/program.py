@@ -1,0 +1,273 @@
+"""The convex program behind a limit direction: the least ½‖θ‖² of networks whose neurons stay in given cells.
+
+**Primal.** A neuron in cell c (`clarke.py`) with output sign s draws the line s g·x̃ on its active points, at the cost
+½(‖u‖² + v²) = ‖g‖ if it is balanced, u ∝ g. Neurons of one cell and sign add up, so with the closed cones C_c of
+directions, and a set A of allowed pairs (s, c),
+
+    minimise Σ_A ‖g_sc‖  over g_sc ∈ C_c   subject to   y_i Σ_A s [i ∈ c] g_sc·x̃_i ≥ 1 for all i.
+
+With all pairs allowed that is the maximum-margin problem at unlimited width, and its value ½‖θ*‖² = 1/(2γ*).
+
+**Dual.** maximise Σ λ_i over λ ≥ 0 subject to h_c(s z_c) ≤ 1 on A, with z_c = Σ_{i ∈ c} λ_i y_i x̃_i and h_c(z) the
+maximum of u·z over unit u ∈ C_c, that is ‖P_c z‖, P_c the projection to the cone (0 if it is the apex). The maximiser
+is where the neurons of the cell end up: inside it along ±z_c, or on a ray, with their breakpoint on a data point.
+
+**Method.** A barrier, μ (Σ log λ_i + Σ_A log(1 − h²)), maximised by damped Newton steps for falling μ. Its stationary
+points are primal feasible too: g_sc = 2 μ P_c z/(1 − h²) has margins 1 + μ/λ_i. Slacks lose half of their digits on the
+way, so the last steps are Newton's on the equations h = 1 and q_i = 1 of the constraints that have proved active,
+proximally regularised as amplitudes need not be unique (Rockafellar 1976).
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gradflow.clarke import cell_range, solver_of_positive_definite
+from gradflow.network import ReluNetwork
+
+_CENTRE = 1e4  # first μ over the first λ: a path that starts in the middle stays there
+_BARRIER = 200  # Newton steps of the barrier, at most
+_POLISH = 8  # Newton steps for one set of active constraints
+_ROUNDS = 4  # of corrections to that set
+_CERTAIN = 1e-11  # what Newton's method leaves of a constraint that it meets
+_NOTHING = 1e-13  # a neuron's share of ½‖θ‖² that is rounding
+_ACTIVE = 30.0
+_SHRINK = 0.2  # of μ, once a Newton step was short
+_ACCURATE = 1e-12  # μ over the mean λ at which the active constraints are read off
+_PROXIMAL = 1e-7
+HELD = 64  # cells that may be active at once
+
+
+class Solution(eqx.Module):
+    """λ (n,); g (2, 2, 2n) by sign, coordinate and cell as `lines`; and how far both are from being optimal.
+
+    `residual` is the largest of: what margins lack, what h exceeds 1 by, the gap between Σ‖g‖ and Σλ relative to Σλ,
+    and negative λ and ‖g‖ relative to Σλ. If it is 0, Σλ ≤ value ≤ Σ‖g‖ proves both optimal.
+    """
+
+    multipliers: Float[Array, " n"]
+    lines: Float[Array, "2 2 cells"]
+    residual: Float[Array, ""]
+
+    def network(self) -> ReluNetwork:
+        """The balanced network with these lines: one neuron a cell in use, at most `HELD`, zero-padded."""
+        size = jnp.sqrt(jnp.sum(self.lines**2, axis=1)).reshape(-1)
+        size, index = jax.lax.top_k(jnp.where(size > _NOTHING * jnp.sum(size), size, 0), min(size.size, HELD))
+        sign, cell = index // self.lines.shape[-1], index % self.lines.shape[-1]
+        root = jnp.sqrt(jnp.where(size > 0, size, 1))
+        w, b = jnp.where(size > 0, 1 / root, 0)[None] * self.lines[sign, :, cell].T
+        return ReluNetwork(w, b, jnp.where(size > 0, jnp.where(sign == 0, root, -root), 0))
+
+
+class Cones(eqx.Module):
+    """The 2n cells of n ≥ 2 sorted points as cones between unit rays `first` and `second`, (2, 2n) each."""
+
+    x: Float[Array, " n"]
+    first: Float[Array, "2 cells"]
+    second: Float[Array, "2 cells"]
+    active: Float[Array, "cells n"]
+
+    def __init__(self, x: Float[Array, " n"]):
+        n = x.shape[0]
+        ray = jnp.stack([jnp.ones_like(x), -x]) / jnp.hypot(1, x)[None]
+        self.x, self.second = x, jnp.concatenate([ray, -ray], axis=1)
+        self.first = jnp.roll(self.second, 1, axis=1)
+        low, high = cell_range(jnp.arange(2 * n), n)
+        index = jnp.arange(n)
+        self.active = ((index[None] >= low[:, None]) & (index[None] < high[:, None])).astype(x.dtype)
+
+    def forces(self, force: Float[Array, " n"]) -> Float[Array, "2 2 cells"]:
+        """s Σ_{i ∈ c} force_i x̃_i."""
+        z = jnp.stack([self.active @ (force * self.x), self.active @ force])
+        return jnp.stack([z, -z])
+
+    def place(self, z: Float[Array, "2 2 cells"]):
+        """0 where z lies in its cone, 1 or 2 where the projection is on the first or second ray, 3 where it is 0."""
+        along = jnp.stack([jnp.sum(z * t[None], axis=1) for t in (self.first, self.second)])
+        # Cells follow each other clockwise.
+        inside = (_cross(self.first[None], z) <= 0) & (_cross(z, self.second[None]) <= 0)
+        best = jnp.where(along[0] >= along[1], 1, 2)
+        return jnp.where(inside, 0, jnp.where(jnp.max(along, axis=0) > 0, best, 3))
+
+    def project(self, z: Float[Array, "2 2 cells"], place) -> Float[Array, "2 2 cells"]:
+        t = jnp.where((place == 1)[:, None], self.first[None], self.second[None])
+        on_ray = jnp.sum(z * t, axis=1, keepdims=True) * t
+        place = place[:, None]
+        return jnp.where(place == 0, z, jnp.where(place == 3, 0, on_ray))
+
+    def margins(self, lines: Float[Array, "2 2 cells"], y) -> Float[Array, " n"]:
+        total = (lines[0] - lines[1]) @ self.active
+        return y * (total[0] * self.x + total[1])
+
+
+def _cross(a, b):
+    """Signed area, over the axis of coordinates of (2, 2, m)."""
+    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
+
+
+def solve(
+    x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, " n"], allowed: Bool[Array, "2 cells"]
+) -> Solution:
+    """Solve the program on ascending points, n ≥ 2; those that are not `real` have λ = 0."""
+    cones = Cones(x)
+    real_ = real.astype(x.dtype)
+
+    def ingredients(lam):
+        z = cones.forces(lam * y)
+        place = cones.place(z)
+        p = cones.project(z, place)
+        return z, place, p, jnp.where(allowed, jnp.sum(p**2, axis=1), 0)
+
+    def barrier(lam, mu):
+        *_, squared = ingredients(lam)
+        good = jnp.all(jnp.where(real, lam > 0, True)) & jnp.all(squared < 1)
+        value = jnp.sum(jnp.where(real, lam + mu * jnp.log(jnp.where(lam > 0, lam, 1)), 0))
+        value += mu * jnp.sum(jnp.log1p(-jnp.where(squared < 1, squared, 0)))
+        return jnp.where(good, value, -jnp.inf)
+
+    def direction(lam, mu):
+        _, place, p, squared = ingredients(lam)
+        slack = jnp.where(allowed, 1 - squared, 1)
+        lines = jnp.where(allowed[:, None], 2 * mu * p / slack[:, None], 0)
+        gradient = real_ * (1 + mu / jnp.where(real, lam, 1) - cones.margins(lines, y))
+        curve = _curvature(cones, place)
+        b = jnp.where(allowed[:, None], 2 * mu * curve / slack[:, None], 0)
+        b = b + jnp.where(allowed[:, None], 4 * mu * _outer(p) / slack[:, None] ** 2, 0)
+        h = _assemble(cones, y, jnp.sum(b, axis=0)) * real_[:, None] * real_[None, :]
+        h = h + jnp.diag(jnp.where(real, mu / jnp.where(real, lam, 1) ** 2, 1))
+        scale = 1 / jnp.sqrt(jnp.diag(h))
+        step = scale * solver_of_positive_definite(h * scale[:, None] * scale[None, :])(scale * gradient)
+        return step, jnp.sum(step * gradient) / mu, lines
+
+    # Beyond 1 too: h² has jumps in its second derivative, where Newton's steps may be much too short.
+    lengths = 2.0 ** jnp.arange(8, -16, -1, dtype=x.dtype)
+
+    def iterate(_, state):
+        lam, mu, done = state
+        step, decrement, _ = direction(lam, mu)
+        # To at most 0.95 of the boundary λ = 0; that of the cells by trial.
+        toward = jnp.where(real & (step < 0), -step / jnp.where(real, lam, 1), 0)
+        tries = jnp.minimum(lengths, 0.95 / jnp.maximum(jnp.max(toward), 1e-30))
+        values = jax.vmap(lambda t: barrier(lam + t * step, mu))(tries)
+        here = barrier(lam, mu)
+        best = jnp.argmax(values)
+        moved = values[best] >= here
+        new = jnp.where(moved, lam + tries[best] * step, lam)
+        near = (decrement < 0.3) | ~moved
+        small = mu <= _ACCURATE * jnp.sum(jnp.where(real, new, 0)) / jnp.sum(real_)
+        lam = jnp.where(done, lam, new)
+        mu = jnp.where(done | ~near | small, mu, _SHRINK * mu)
+        return lam, mu, done | (near & small)
+
+    one = cones.forces(real_ * y)
+    place = cones.place(one)
+    largest = jnp.sqrt(jnp.max(jnp.where(allowed, jnp.sum(cones.project(one, place) ** 2, axis=1), 0)))
+    lam = real_ * 0.3 / jnp.where(largest > 0, largest, 1)
+    mu = _CENTRE * jnp.max(lam)
+    lam, mu, _ = jax.lax.fori_loop(0, _BARRIER, iterate, (lam, mu, jnp.array(False)))
+    _, _, lines = direction(lam, mu)
+    return _polish(cones, y, real, allowed, lam, mu, lines)
+
+
+def _polish(cones: Cones, y, real, allowed, lam, mu, lines) -> Solution:
+    """Newton's method on h_c = 1 and q_i = 1 of the constraints that are active at the end of the barrier."""
+    n = cones.x.shape[0]
+    total = jnp.sum(lam)
+    support = real & (lam**2 > _ACTIVE * mu * total / n)
+    size = jnp.sqrt(jnp.sum(lines**2, axis=1)).reshape(-1)
+    # A product amplitude × slack is μ: active are those whose amplitude is the larger, both on their own scales.
+    held = min(2 * n, HELD)
+    amplitude, index = jax.lax.top_k(size, held)
+    in_use = amplitude**2 > _ACTIVE * mu * total
+    sign, cell = index // (2 * n), index % (2 * n)
+    pattern = cones.active[cell] * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
+
+    def unit(lam):
+        z = cones.forces(lam * y)
+        place = cones.place(z)
+        p = cones.project(z, place)
+        curve = _curvature(cones, place)[sign, :, cell].T
+        p, place = p[sign, :, cell].T, place[sign, cell]
+        h = jnp.sqrt(jnp.sum(p**2, axis=0))
+        e = p / jnp.where(h > 0, h, 1)[None]
+        return h, e, place, curve
+
+    def columns(e):
+        """y_i s [i ∈ c] e·x̃_i."""
+        return pattern * (e[0][:, None] * cones.x[None, :] + e[1][:, None])
+
+    def step(lam, amplitude, support, in_use):
+        """Newton's step for the constraints in use."""
+        h, e, place, _ = unit(lam)
+        c = columns(e)
+        # Inside its cell a unit vector turns with z, on a ray it does not.
+        turn = columns(jnp.stack([-e[1], e[0]]))
+        bend = jnp.where(in_use & (place == 0), amplitude / jnp.where(h > 0, h, 1), 0)
+        k = (turn.T * bend[None]) @ turn * total
+        gaps = jnp.concatenate([c.T @ amplitude - 1, h - 1])
+        live = jnp.concatenate([support, in_use])
+        c = c * total
+        upper = jnp.concatenate([k, c.T], axis=1)
+        lower = jnp.concatenate([c, jnp.zeros((held, held), y.dtype)], axis=1)
+        matrix = jnp.where(live[:, None] & live[None, :], jnp.concatenate([upper, lower]), 0)
+        most = jnp.max(jnp.abs(matrix), axis=1)
+        scale = jnp.where(live & (most > 0), 1 / jnp.sqrt(jnp.where(most > 0, most, 1)), 1)
+        matrix = scale[:, None] * matrix * scale[None, :]
+        sign = jnp.concatenate([jnp.ones(n, y.dtype), -jnp.ones(held, y.dtype)])
+        damped = matrix + jnp.diag(jnp.where(live, _PROXIMAL, 1) * sign)
+        change = total * scale * solver_of_positive_definite(damped)(-scale * jnp.where(live, gaps, 0))
+        change = jnp.where(jnp.all(jnp.isfinite(change)), change, 0)
+        return lam + change[:n], amplitude + change[n:]
+
+    def correct(_, state):
+        """Newton's method, then constraints that turned out negative go and violated ones come."""
+        lam, amplitude, support, in_use = state
+        lam, amplitude = jnp.where(support, lam, 0), jnp.where(in_use, amplitude, 0)
+        lam, amplitude = jax.lax.fori_loop(0, _POLISH, lambda _, s: step(*s, support, in_use), (lam, amplitude))
+        h, e, _, _ = unit(lam)
+        q = columns(e).T @ amplitude
+        return (
+            lam,
+            amplitude,
+            real & ((support & (lam >= -_CERTAIN * total)) | (q < 1 - _CERTAIN)),
+            (in_use & (amplitude >= -_CERTAIN * total)) | (allowed[sign, cell] & (h > 1 + _CERTAIN)),
+        )
+
+    lam, amplitude, *_ = jax.lax.fori_loop(0, _ROUNDS, correct, (lam, amplitude, support, in_use))
+    _, e, _, _ = unit(lam)
+    lines = jnp.zeros((2, 2, 2 * n), y.dtype).at[sign, :, cell].set((amplitude[None] * e).T)
+    z = cones.forces(lam * y)
+    every_h = jnp.sqrt(jnp.sum(cones.project(z, cones.place(z)) ** 2, axis=1))
+    residual = jnp.max(
+        jnp.stack(
+            [
+                jnp.max(jnp.where(real, 1 - cones.margins(lines, y), 0)),
+                jnp.max(jnp.where(allowed, every_h - 1, 0)),
+                jnp.abs(jnp.sum(amplitude) / jnp.sum(lam) - 1),
+                jnp.max(-lam) / jnp.sum(lam),
+                jnp.max(-amplitude) / jnp.sum(lam),
+            ]
+        )
+    )
+    return Solution(lam, lines, residual)
+
+
+def _outer(p):
+    """(xx, xb, bb) entries of p pᵀ: (2, 3, cells) from (2, 2, cells)."""
+    return jnp.stack([p[:, 0] ** 2, p[:, 0] * p[:, 1], p[:, 1] ** 2], axis=1)
+
+
+def _curvature(cones: Cones, place):
+    """The derivative of P z: identity, t tᵀ or 0, as (2, 3, cells)."""
+    t = jnp.where((place == 1)[:, None], cones.first[None], cones.second[None])
+    identity = jnp.array([1.0, 0, 1], cones.x.dtype)[None, :, None]
+    place = place[:, None]
+    return jnp.where(place == 0, identity, jnp.where(place == 3, 0, _outer(t)))
+
+
+def _assemble(cones: Cones, y, b: Float[Array, "3 cells"]) -> Float[Array, "n n"]:
+    """Σ_c [i, l ∈ c] y_i y_l x̃_iᵀ B_c x̃_l."""
+    xx, xb, bb = (cones.active.T @ (entry[:, None] * cones.active) for entry in b)
+    x = cones.x
+    return (y[:, None] * y[None, :]) * (xx * x[:, None] * x[None, :] + xb * (x[:, None] + x[None, :]) + bb)
