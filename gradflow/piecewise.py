@@ -19,7 +19,7 @@ middle of training has as many regions as its neurons allow; only its limit has 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from gradflow.network import ReluNetwork, is_concrete
 
@@ -55,7 +55,7 @@ class Piecewise(eqx.Module):
         self.slope_right = _cancelling_sum(jnp.where(w > 0, v * w, 0))
         self.constant = net(jnp.zeros((), w.dtype))
 
-    def knots(self, merge=0.0, drop=0.0) -> tuple[Float[Array, " k"], Bool[Array, " k"]]:
+    def knots(self, merge: ArrayLike = 0.0, drop: ArrayLike = 0.0) -> tuple[Float[Array, " k"], Bool[Array, " k"]]:
         """Positions where the slope changes, by the counting rule above, and which entries are such positions.
 
         A run of merged breakpoints is put at the mean of its positions weighted by |c_j|, in the slot of its first.
@@ -133,7 +133,7 @@ def _sorted(positions, real):
     return jnp.sort(positions[real] if is_concrete(positions) else positions)
 
 
-def knots(net: ReluNetwork, merge=0.0, drop=0.0) -> Float[Array, " knots"]:
+def knots(net: ReluNetwork, merge: ArrayLike = 0.0, drop: ArrayLike = 0.0) -> Float[Array, " knots"]:
     """The positions where N bends, ascending.
 
     **Arguments** `merge` (units of x) and `drop` (share of Σ|v_j w_j|): tolerances of the counting rule at the top of
@@ -143,7 +143,7 @@ def knots(net: ReluNetwork, merge=0.0, drop=0.0) -> Float[Array, " knots"]:
     return _sorted(*Piecewise(net).knots(merge, drop))
 
 
-def linear_regions(net: ReluNetwork, merge=0.0, drop=0.0) -> Int[Array, ""]:
+def linear_regions(net: ReluNetwork, merge: ArrayLike = 0.0, drop: ArrayLike = 0.0) -> Int[Array, ""]:
     """The number of linear regions of N on the whole line: one more than `knots`. Arguments as there.
 
     NaN weights count as knots, so that a failed network does not pass for a simple one.

@@ -224,7 +224,7 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines) -> Solution:
         """Newton's method, then constraints that turned out negative go and violated ones come."""
         lam, amplitude, support, in_use = state
         lam, amplitude = jnp.where(support, lam, 0), jnp.where(in_use, amplitude, 0)
-        lam, amplitude = jax.lax.fori_loop(0, _POLISH, lambda _, s: step(*s, support, in_use), (lam, amplitude))
+        lam, amplitude = jax.lax.fori_loop(0, _POLISH, lambda _, s: step(s[0], s[1], support, in_use), (lam, amplitude))
         h, e, _, _ = unit(lam)
         q = columns(e).T @ amplitude
         return (
