@@ -55,13 +55,13 @@ def trial(samples, width, key, max_steps):
     return eqx.tree_at(lambda f: f.final, flow, None), law
 
 
-def run(sizes, seed, trials, batch, max_steps, workers):
-    """Every flow of `trials`, batch by batch, as NumPy arrays."""
-    step = eqx.filter_jit(eqx.filter_vmap(functools.partial(trial, *sizes), in_axes=(0, None)))
+def run(trial, seed, trials, batch, setting, workers):
+    """`trial(key, setting)` for all `trials`, batch by batch, as NumPy arrays."""
+    step = eqx.filter_jit(eqx.filter_vmap(trial, in_axes=(0, None)))
 
     def part(index):
         keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(jr.key(seed), jnp.asarray(index))
-        return jax.tree.map(np.asarray, eqx.filter(step(keys, jnp.asarray(max_steps)), eqx.is_array))
+        return jax.tree.map(np.asarray, eqx.filter(step(keys, jnp.asarray(setting)), eqx.is_array))
 
     padded = np.concatenate([trials, np.repeat(trials[-1:], -len(trials) % batch)])
     parts = padded.reshape(-1, batch)
@@ -124,13 +124,13 @@ def main():
     trials = np.arange(64 if args.quick else args.trials)
     batch, workers = min(args.batch, len(trials)), os.cpu_count() or 1
 
-    sizes = args.samples, args.width
+    one = functools.partial(trial, args.samples, args.width)
     begun = time.perf_counter()
-    flows, laws = run(sizes, args.seed, trials, batch, args.first, workers)
+    flows, laws = run(one, args.seed, trials, batch, args.first, workers)
     slow = np.flatnonzero(np.array(STATUSES)[np.asarray(flows.status._value)] == "step_limit")
     if slow.size and args.max_steps > args.first:
         # A lane waits for the slowest of its batch, so the long ones run among themselves.
-        again, laws_again = run(sizes, args.seed, trials[slow], min(batch, slow.size), args.max_steps, workers)
+        again, laws_again = run(one, args.seed, trials[slow], min(batch, slow.size), args.max_steps, workers)
 
         def put(a, b):
             a = a.copy()

@@ -9,15 +9,14 @@ neurons (the trials of `exact_flow.py`); it is followed to a log loss, `gradflow
 """
 
 import argparse
-import concurrent.futures
 import os
 import time
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from exact_flow import run
 
 import gradflow as gf
 
@@ -45,21 +44,6 @@ def trial(key, log_loss):
         "regions": counts[0],
         "same_count": jnp.all(counts == counts[0]),
     }
-
-
-def run(seed, trials, log_loss, batch, workers):
-    step = eqx.filter_jit(eqx.filter_vmap(trial, in_axes=(0, None)))
-
-    def part(index):
-        keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(jr.key(seed), jnp.asarray(index))
-        return jax.tree.map(np.asarray, step(keys, jnp.asarray(log_loss)))
-
-    padded = np.concatenate([trials, np.repeat(trials[-1:], -len(trials) % batch)])
-    parts = padded.reshape(-1, batch)
-    part(parts[0])  # compile once, before threads
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(part, parts))
-    return jax.tree.map(lambda *a: np.concatenate(a)[: len(trials)], *results)
 
 
 def report(r, trials, log_loss, seconds):
@@ -99,7 +83,7 @@ def main():
     results = []
     for log_loss in args.log_loss:
         begun = time.perf_counter()
-        results.append(run(args.seed, trials, log_loss, min(args.batch, len(trials)), os.cpu_count() or 1))
+        results.append(run(trial, args.seed, trials, min(args.batch, len(trials)), log_loss, os.cpu_count() or 1))
         report(results[-1], trials, log_loss, time.perf_counter() - begun)
     if len(results) == 2:
         both = results[0]["certified"] & results[1]["certified"]

@@ -25,7 +25,7 @@ from gradflow.clarke import Points
 from gradflow.data import Dataset
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots
-from gradflow.program import HELD, solve
+from gradflow.program import HELD, lower_bound, solve
 
 _CANDIDATES = 48  # points in the program at a time
 _ROUNDS = 6  # of exchanging points without multipliers for violated ones
@@ -152,14 +152,15 @@ def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Floa
         chosen = jnp.sort(jax.lax.top_k(jnp.where(real, priority, -1), size)[1])
         # One more point, right of all and without weight: the cones need two.
         xs = jnp.append(x[chosen], 2 * x[chosen[-1]] - x[chosen[0]] + 1)
-        solution = solve(xs, jnp.append(y[chosen], 1.0), jnp.append(real[chosen], False), allowed)
+        ys, some = jnp.append(y[chosen], 1.0), jnp.append(real[chosen], False)
+        solution = solve(xs, ys, some, allowed)
         net = solution.network()
         q = jnp.where(real, y * net(x), jnp.inf)
         lam = jnp.zeros_like(x).at[chosen].set(solution.multipliers[:-1])
         priority = jnp.where(lam > 0, 2.0 * n, jnp.where(q < 1, n * (1 + (1 - q) / (2 - q)), spread))
         least = jnp.min(q)
         net = net.scaled(1 / jnp.sqrt(jnp.where(least > 0, least, jnp.nan)))
-        bound = jnp.sum(solution.multipliers) / (1 + jnp.maximum(solution.residual, 0))
+        bound = lower_bound(xs, ys, jnp.where(some, solution.multipliers, 0))
         return priority, net, bound
 
     blank = jnp.zeros((min(4 * (size + 1), HELD),), x.dtype)

@@ -170,6 +170,14 @@ def solve(
     return _polish(cones, y, real, allowed, lam, mu, lines)
 
 
+def lower_bound(x: Float[Array, " n"], y: Float[Array, " n"], multipliers: Float[Array, " n"]) -> Float[Array, ""]:
+    """A lower bound on ½‖θ‖² for every network of any width with margins ≥ 1, from any λ: Σλ/max_c h_c, λ < 0 as 0."""
+    cones, lam = Cones(x), jnp.maximum(multipliers, 0)
+    z = cones.forces(lam * y)
+    largest = jnp.sqrt(jnp.max(jnp.sum(cones.project(z, cones.place(z)) ** 2, axis=1)))
+    return jnp.sum(lam) / jnp.where(largest > 0, largest, jnp.inf)
+
+
 def _polish(cones: Cones, y, real, allowed, lam, mu, lines) -> Solution:
     """Newton's method on h_c = 1 and q_i = 1 of the constraints that are active at the end of the barrier."""
     n = cones.x.shape[0]

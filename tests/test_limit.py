@@ -8,6 +8,7 @@ import pytest
 from oracles import best_value
 
 import gradflow as gf
+from gradflow.program import lower_bound
 
 
 def draw(i):
@@ -109,3 +110,10 @@ def test_optimum_by_vmap():
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *datas)
     values = jax.vmap(lambda data: gf.max_margin(data).value)(stacked)
     np.testing.assert_allclose(values, [gf.max_margin(data).value for data in datas], rtol=1e-9)
+
+
+def test_any_multipliers_give_a_lower_bound():
+    data = gf.Dataset(np.array([-0.5, -0.2, 0.3, 0.7]), np.array([-1, 1, 1, -1]))
+    value = float(gf.max_margin(data).value)
+    for lam in jr.normal(jr.key(0), (50, 4)):
+        assert float(lower_bound(data.x, data.y, lam)) < value
