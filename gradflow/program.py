@@ -29,7 +29,7 @@ from gradflow.network import ReluNetwork
 _CENTRE = 1e4  # first μ over the first λ: a path that starts in the middle stays there
 _BARRIER = 200  # Newton steps of the barrier, at most
 _POLISH = 8  # Newton steps for one set of active constraints
-_ROUNDS = 4  # of corrections to that set
+_ROUNDS = 12  # of corrections to that set
 _CERTAIN = 1e-11  # what Newton's method leaves of a constraint that it meets
 _NOTHING = 1e-13  # a neuron's share of ½‖θ‖² that is rounding
 _ACTIVE = 30.0
@@ -228,37 +228,41 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines) -> Solution:
         change = jnp.where(jnp.all(jnp.isfinite(change)), change, 0)
         return lam + change[:n], amplitude + change[n:]
 
-    def correct(_, state):
-        """Newton's method, then constraints that turned out negative go and violated ones come."""
-        lam, amplitude, support, in_use = state
+    def measured(lam, amplitude):
+        """The solution, with unit vectors along P z and its residual as `Solution` has it."""
+        _, e, _, _ = unit(lam)
+        lines = jnp.zeros((2, 2, 2 * n), y.dtype).at[sign, :, cell].set((amplitude[None] * e).T)
+        z = cones.forces(lam * y)
+        every_h = jnp.sqrt(jnp.sum(cones.project(z, cones.place(z)) ** 2, axis=1))
+        whole = jnp.sum(lam)
+        parts = (
+            jnp.max(jnp.where(real, 1 - cones.margins(lines, y), 0)),
+            jnp.max(jnp.where(allowed, every_h - 1, 0)),
+            jnp.abs(jnp.sum(amplitude) / whole - 1),
+            jnp.max(-lam) / whole,
+            jnp.max(-amplitude) / whole,
+        )
+        residual = jnp.max(jnp.stack(parts))
+        return Solution(lam, lines, jnp.where(jnp.isfinite(residual) & (whole > 0), residual, jnp.inf))
+
+    def correct(state):
+        """Newton's method, then violated constraints come, and of those that turned out negative the worst goes."""
+        round_, lam, amplitude, support, in_use, best = state
         lam, amplitude = jnp.where(support, lam, 0), jnp.where(in_use, amplitude, 0)
         lam, amplitude = jax.lax.fori_loop(0, _POLISH, lambda _, s: step(s[0], s[1], support, in_use), (lam, amplitude))
         h, e, _, _ = unit(lam)
         q = columns(e).T @ amplitude
-        return (
-            lam,
-            amplitude,
-            real & ((support & (lam >= -_CERTAIN * total)) | (q < 1 - _CERTAIN)),
-            (in_use & (amplitude >= -_CERTAIN * total)) | (allowed[sign, cell] & (h > 1 + _CERTAIN)),
-        )
+        now = measured(lam, amplitude)
+        better = now.residual < best.residual
+        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), now, best)
+        worst = jnp.minimum(jnp.minimum(jnp.min(lam), jnp.min(amplitude)), -_CERTAIN * total)
+        support = real & ((support & (lam > worst)) | (q < 1 - _CERTAIN))
+        in_use = (in_use & (amplitude > worst)) | (allowed[sign, cell] & (h > 1 + _CERTAIN))
+        return round_ + 1, lam, amplitude, support, in_use, best
 
-    lam, amplitude, *_ = jax.lax.fori_loop(0, _ROUNDS, correct, (lam, amplitude, support, in_use))
-    _, e, _, _ = unit(lam)
-    lines = jnp.zeros((2, 2, 2 * n), y.dtype).at[sign, :, cell].set((amplitude[None] * e).T)
-    z = cones.forces(lam * y)
-    every_h = jnp.sqrt(jnp.sum(cones.project(z, cones.place(z)) ** 2, axis=1))
-    residual = jnp.max(
-        jnp.stack(
-            [
-                jnp.max(jnp.where(real, 1 - cones.margins(lines, y), 0)),
-                jnp.max(jnp.where(allowed, every_h - 1, 0)),
-                jnp.abs(jnp.sum(amplitude) / jnp.sum(lam) - 1),
-                jnp.max(-lam) / jnp.sum(lam),
-                jnp.max(-amplitude) / jnp.sum(lam),
-            ]
-        )
-    )
-    return Solution(lam, lines, residual)
+    start = (jnp.zeros((), int), lam, amplitude, support, in_use, measured(lam, jnp.where(in_use, amplitude, 0)))
+    *_, best = jax.lax.while_loop(lambda s: (s[-1].residual > _CERTAIN) & (s[0] < _ROUNDS), correct, start)
+    return best
 
 
 def _outer(p):
