@@ -4,16 +4,16 @@ Importing gradflow changes no JAX setting. Late training needs float64: call
 `jax.config.update("jax_enable_x64", True)` before making arrays (the command line does).
 """
 
+from gradflow.certificate import kkt_residual as kkt_residual
 from gradflow.data import Dataset as Dataset
 from gradflow.distribution import Distribution as Distribution
 from gradflow.distribution import Histogram as Histogram
 from gradflow.distribution import TruncatedNormal as TruncatedNormal
 from gradflow.distribution import Uniform as Uniform
 from gradflow.flow import integrate as integrate
+from gradflow.flow import limit as limit
 from gradflow.limit import Limit as Limit
 from gradflow.limit import LimitStatus as LimitStatus
-from gradflow.limit import kkt_residual as kkt_residual
-from gradflow.limit import limit as limit
 from gradflow.loss import Exponential as Exponential
 from gradflow.loss import Logistic as Logistic
 from gradflow.loss import Loss as Loss

@@ -34,7 +34,8 @@ from jaxtyping import Array, Float
 from gradflow.clarke import Field, Mode, Points, find_cell
 from gradflow.data import Dataset
 from gradflow.events import update
-from gradflow.hybrid import Problem, State, misalignment
+from gradflow.hybrid import FLOAT32_LOG_LOSS, Problem, State, misalignment
+from gradflow.limit import Candidate, Limit, LimitStatus, candidate, judged
 from gradflow.loss import Exponential, Loss
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.outcome import Flow, Path, Status, Until
@@ -42,7 +43,7 @@ from gradflow.rosenbrock import Rodas4
 from gradflow.slow import no_split
 
 _RANK = 160  # positions kept in the Jacobian of the stiff solver: all of them up to 79 neurons, or 160 points
-FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
+_ROUNDS = 6  # of ten times the ρ², until a limit is certified
 
 
 def integrate(
@@ -63,7 +64,7 @@ def integrate(
 
     - `net`, `data`: the initial network and the points, of one float dtype.
     - `loss`: default `Exponential()`.
-    - `until`: when to stop; default `Until()`, until the direction has settled.
+    - `until`: when to stop; default `Until()`, until the limit of the direction is certified.
     - `rtol`, `atol`: error allowed in each parameter in one step, relative and absolute (units of θ). Traced.
     - `solver`: any Diffrax solver with an error estimate, for all steps. Default: Rodas4, and Tsit5 where too many
         points matter at once for its linear algebra.
@@ -72,29 +73,49 @@ def integrate(
 
     **Returns** a `Flow`, under jit and vmap too: failure is its `status`, never an exception.
 
-    **Raises** `ValueError`, before anything compiles, for mixed dtypes, tolerances that are not positive, an odd
-    `save`, a solver without error estimate, and for `until.log_loss` below −50 in float32; `TypeError` for an `until`
-    that is none.
+    **Raises**, before anything compiles: `TypeError` for an argument of the wrong kind; `ValueError` for mixed dtypes,
+    tolerances that are not positive, an odd `save`, a solver without error estimate, batched weights or points (use
+    `jax.vmap`), and in float32 for `Until()` and an `until.log_loss` below −50.
     """
     loss = Exponential() if loss is None else loss
     until = Until() if until is None else until
     solvers = (diffrax.Tsit5(scan_kind="lax"), Rodas4()) if solver is None else (_with_tolerances(solver, rtol, atol),)
+    for name, value, kind, example in (
+        ("net", net, ReluNetwork, "gradflow.ReluNetwork.random(key, width=32)"),
+        ("data", data, Dataset, "gradflow.Dataset(x, y)"),
+        ("loss", loss, Loss, "gradflow.Logistic()"),
+        ("until", until, Until, "gradflow.Until(log_loss=-100.0)"),
+        ("solver", solvers[0], diffrax.AbstractSolver, "diffrax.Kvaerno5()"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, such as {example}, got {value!r}")
+    if net.w.ndim != 1 or data.x.ndim != 1:
+        raise ValueError(
+            f"integrate takes one network and one dataset, got weights of shape {net.w.shape} and points of shape "
+            f"{data.x.shape}: map it over a batch with jax.vmap"
+        )
     dtype = net.w.dtype
-    if not isinstance(until, Until):
-        raise TypeError(f"until must be a gradflow.Until, such as Until(log_loss=-100.0), got {until!r}")
     if data.x.dtype != dtype:
         raise ValueError(f"the network is {dtype} and the data {data.x.dtype}: convert one of them")
     for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
-        if is_concrete(value) and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    if save is not None and (save < 2 or save % 2):
+        if jnp.ndim(value) != 0 or (is_concrete(value) and not value > 0):
+            raise ValueError(f"{name} must be one positive number, got {value}")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if is_concrete(value) and not value < 1:
+            raise ValueError(f"{name} must be below 1, got {value}: nothing would be left of the flow")
+    if is_concrete(max_steps):
+        if max_steps != int(max_steps):
+            raise ValueError(f"max_steps must be a whole number, got {max_steps}")
+        max_steps = min(int(max_steps), 2**31 - 1)
+    if save is not None and (save != int(save) or save < 2 or save % 2):
         raise ValueError(f"save must be an even number of snapshots, at least 2, got {save}")
-    if dtype == jnp.float32 and is_concrete(until.log_loss) and until.log_loss < FLOAT32_LOG_LOSS:
-        if until.log_loss > -jnp.inf:
-            raise ValueError(
-                f"log loss {until.log_loss} needs float64: call jax.config.update('jax_enable_x64', True) before "
-                f"making arrays, or ask for {FLOAT32_LOG_LOSS} at most"
-            )
+    low = is_concrete(until.log_loss) and -jnp.inf < until.log_loss < FLOAT32_LOG_LOSS
+    if dtype == jnp.float32 and (until.certifies or low):
+        what = "a certified limit" if until.certifies else f"log loss {until.log_loss}"
+        raise ValueError(
+            f"{what} needs float64: call jax.config.update('jax_enable_x64', True) before making arrays, or ask for "
+            f"less, such as Until(log_loss={FLOAT32_LOG_LOSS})"
+        )
     tolerances = jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype)
     return _integrate(net, data, loss, until, *tolerances, solvers, save, jnp.asarray(max_steps))
 
@@ -171,15 +192,22 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
     if save is not None:
         path = problem.record(Path.empty(save, net), state, jnp.array(True))
 
-    def body(carry):
-        before, path = carry
-        state = problem.attempt(before)
-        if path is not None:
-            due = (state.accepted > before.accepted) & (state.accepted % path.stride == 0)
-            path = problem.record(path, state, due)
-        return state, path
+    def follow(problem, state, path):
+        def body(carry):
+            before, path = carry
+            state = problem.attempt(before)
+            if path is not None:
+                due = (state.accepted > before.accepted) & (state.accepted % path.stride == 0)
+                path = problem.record(path, state, due)
+            return state, path
 
-    state, path = jax.lax.while_loop(lambda carry: carry[0].status == Status.running, body, (state, path))
+        return jax.lax.while_loop(lambda carry: carry[0].status == Status.running, body, (state, path))
+
+    limit = None
+    if until.certifies:
+        state, path, limit = _until_certified(problem, follow, state, path, data)
+    else:
+        state, path = follow(problem, state, path)
     if path is not None:
         path = problem.record(path, state, state.time > path.time[path.count - 1])
     field = problem.field(state)
@@ -191,7 +219,7 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
         time=state.time,
         log_time=problem.log_time(state.clock),
         log_loss=weights.log_loss,
-        margin=jnp.min(weights.q) / scale,
+        margin=problem.margin(weights, state.net),
         separated=weights.log_loss < problem.log_separated,
         residual=misalignment(state.net, field.combine(state.net, weights.p)),
         drift=jnp.max(jnp.abs(state.net.balance - net.balance)) / scale,
@@ -199,6 +227,56 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
         steps=state.accepted,
         rejected=state.rejected,
         events=state.events,
-        sliding=jnp.where(state.mode.sliding, points.x[state.mode.ray % data.samples], jnp.nan),
+        sliding=_sliding(state, points),
         path=path,
+        limit=limit,
+    )
+
+
+def _sliding(state: State, points: Points) -> Float[Array, " k"]:
+    return jnp.where(state.mode.sliding, points.x[state.mode.ray % points.x.shape[0]], jnp.nan)
+
+
+def _until_certified(problem: Problem, follow, state: State, path: Path | None, data: Dataset):
+    """Follow the flow until it has settled, then to ten times the ρ², and so on, until two states have one limit."""
+    until = problem.until
+
+    def advance(carry):
+        round_, state, path, before, _ = carry
+        goal = jnp.where(round_ == 0, jnp.inf, jnp.sqrt(10 * state.net.squared_norm))
+        settled = jnp.where(round_ == 0, until.settled, -1)
+        state = eqx.tree_at(lambda s: s.status, state, Status.where(round_ == 0, state.status, Status.running))
+        state, path = follow(
+            eqx.tree_at(lambda p: (p.until.norm, p.until.settled), problem, (goal, settled)), state, path
+        )
+        now = candidate(state.net, _sliding(state, problem.points), data)
+        separated = state.log_loss < problem.log_separated
+        return round_ + 1, state, path, now, judged(before, now, separated, data)
+
+    def goes_on(carry):
+        round_, state, _, _, limit = carry
+        return (round_ == 0) | ((state.status == Status.reached) & ~limit.certified & (round_ <= _ROUNDS))
+
+    nothing = Candidate.none(data)
+    start = (jnp.zeros((), int), state, path, nothing, judged(nothing, nothing, jnp.array(False), data))
+    _, state, path, _, limit = jax.lax.while_loop(goes_on, advance, start)
+    status = Status.where(limit.certified, Status.certified, Status.uncertified)
+    status = Status.where(state.status == Status.reached, status, state.status)
+    return eqx.tree_at(lambda s: s.status, state, status), path, limit
+
+
+def limit(flow: Flow, data: Dataset, loss: Loss | None = None) -> Limit:
+    """The limit direction of a flow on `data`: `flow.limit`, or if it has none, that of going on from its end.
+
+    **Arguments** `flow`: what `integrate` returned; `loss`: the loss it was made with (default exponential), for going
+    on. **Returns** a `Limit`, under jit and vmap too: failure is its `status`.
+
+    **Raises** `ValueError` in float32, where 1e-10 is out of reach.
+    """
+    if flow.limit is not None:
+        return flow.limit
+    # A flow that stopped before all points were classified is not followed any further in the hope that they will be.
+    found = integrate(flow.final, data, loss, max_steps=jnp.where(flow.separated, 200_000, 1)).limit
+    return eqx.tree_at(
+        lambda f: f.status, found, LimitStatus.where(flow.separated, found.status, LimitStatus.not_separated)
     )

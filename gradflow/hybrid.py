@@ -22,6 +22,7 @@ from gradflow.outcome import Path, Status, Until
 from gradflow.slow import Slow, forever
 
 _MARGIN = 1e-3  # error allowed in one step in a margin whose sample matters
+FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
 _SMALL = 66  # positions in the Jacobian up to which the stiff solver takes all steps: no dearer there in a batch
 _NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
 _STANDSTILL = 1e-10  # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled
@@ -189,7 +190,8 @@ class Problem(eqx.Module):
             | (weights.log_loss <= until.log_loss.astype(dtype))
             | (rho >= until.norm.astype(dtype))
         )
-        settled = separated & (misalignment(state.net, velocity) <= until.settled.astype(dtype))
+        met |= separated & (misalignment(state.net, velocity) <= until.settled.astype(dtype))
+        coarse = (dtype == jnp.float32) & (weights.log_loss < FLOAT32_LOG_LOSS)
         fastest = jnp.sqrt(jnp.max(jnp.where(weights.p > 0, field.squared_gradients(state.net), 0)))
         pace = speed / jnp.where(fastest > 0, fastest, 1)
         # In a slow phase all forces are small by choice.
@@ -203,7 +205,7 @@ class Problem(eqx.Module):
             (state.accepted + state.rejected >= self.max_steps, Status.step_limit),
             (tiny, Status.step_too_small),
             (stalled, Status.stalled),
-            (settled, Status.settled),
+            (coarse, Status.precision),
             (met, Status.reached),
             (self.points.conflict, Status.not_separable),
             (~(jnp.isfinite(rho) & jnp.isfinite(weights.log_loss) & jnp.isfinite(fastest)), Status.non_finite),
@@ -220,8 +222,12 @@ class Problem(eqx.Module):
     def record(self, path: Path, state: State, due) -> Path:
         """`path` with the present state in its next slot, if `due`."""
         weights = self.field(state).weights(state.net.lines)
-        margin = jnp.min(weights.q) / state.net.squared_norm
+        margin = self.margin(weights, state.net)
         return path.with_row(due, state.time, self.log_time(state.clock), weights.log_loss, margin, state.net)
+
+    def margin(self, weights: Weights, net: ReluNetwork) -> Float[Array, ""]:
+        """γ = min_i q_i/‖θ‖²; slots that repeated points leave free have no margin."""
+        return jnp.min(jnp.where(self.points.log_count > -jnp.inf, weights.q, jnp.inf)) / net.squared_norm
 
     def passed(self, state: State, clock, step, end: Weights):
         """The τ that an accepted step took. In a slow phase the clock tells it: dτ = e^s dt, and s stands still."""

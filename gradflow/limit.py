@@ -14,10 +14,12 @@ cell: that is added to the allowed ones, and the program solved again, until not
 breakpoints stick, the next cell leads back to the same ray, and changes nothing. So for this purpose all points may
 be treated as support vectors; the solution tells which are.
 
-**Certificate.** `kkt_residual` recomputes everything from the network and the multipliers: feasibility, λ ≥ 0,
-complementarity, and stationarity with fractional activations where a breakpoint sits on a point. A limit is *certified*
-if that is at most 1e-10, and if the same limit comes from a second state of the flow, whose ρ² is ten times as large,
-and which is nearer to it.
+**Certificate.** `kkt_residual` recomputes everything from the network and the multipliers (`certificate.py`). A limit
+is *certified* if that is at most 1e-10, and if the same limit comes from two states of the flow, the later one with ten
+times the ρ² and nearer to it.
+
+**Points.** The program sees the points with the smallest margins, few at first; if others turn out to violate their
+constraint, or the certificate fails, more.
 """
 
 import equinox as eqx
@@ -25,21 +27,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.certificate import CERTIFIED, kkt_residual
 from gradflow.clarke import Points, active_cell, find_cell, inactive_cell
 from gradflow.data import Dataset
-from gradflow.flow import integrate
-from gradflow.loss import Loss
 from gradflow.network import ReluNetwork, is_concrete
-from gradflow.outcome import Flow, Until
 from gradflow.piecewise import knots, linear_regions
-from gradflow.program import Cones, Solution, solve
+from gradflow.program import Cones, Solution, neurons_held, solve
 
-CERTIFIED = 1e-10  # largest relative residual of a certified limit
 _AGREE = 1e-8  # relative difference of the two values
-_CANDIDATES = 64  # points that may be support vectors: those with the smallest margins
+_SIZES = (24, 64)  # how many points may be support vectors: first, and if need be
+_EXCHANGES = 4  # of points without multipliers for violated ones
 _ROUNDS = 40  # of the program with more and more cells
 _RESOLUTION = 1e-10  # relative error of a breakpoint, over the length of the data
-_ON = 1e-11  # |u·x̃| over ‖u‖ ‖x̃‖ up to which a breakpoint is on a point: rounding
 
 
 class LimitStatus(eqx.Enumeration):
@@ -103,6 +102,8 @@ class Limit(eqx.Module):
     def __repr__(self) -> str:
         if not is_concrete(self.value) or self.value.ndim:
             return super().__repr__()
+        if self.status == LimitStatus.not_separated:
+            return f"Limit: {LimitStatus[self.status]}"
         return (
             f"Limit: {LimitStatus[self.status]}\n"
             f"  ½‖θ‖² {self.value:.10g} at minimum margin 1, {self.regions} linear regions, "
@@ -111,100 +112,101 @@ class Limit(eqx.Module):
         )
 
 
-def kkt_residual(net: ReluNetwork, data: Dataset, multipliers=None) -> Float[Array, ""]:
-    """How far a network that classifies `data`, scaled to minimum margin 1, is from a KKT point of (P).
-
-    **Arguments** `multipliers`: λ (n,); default the natural ones of the exponential loss, λ_i = p_i ρ²/(2 Σ p_l q_l), p
-    the softmax of −q.
-
-    **Returns** the largest of
-
-    - stationarity: ‖θ − Σ λ_i ∂q_i‖/‖θ‖ with the Clarke subdifferential, the activation at a breakpoint on a point
-      being the number in [0, 1] that fits best;
-    - negative multipliers: max −λ_i/Σ λ; complementarity: Σ |λ_i| |q_i − 1|/Σ λ.
-
-    Infinite if some margin is not positive. Works under jit and vmap.
+class Candidate(eqx.Module):
+    """The limit that one state leads to, if it has settled: `network` at minimum margin 1, `multipliers` in the order
+    of the data, the certificate's `residual`; and `raw`, ½‖θ‖² of the state itself at minimum margin 1.
     """
-    q = data.margins(net)
-    least = jnp.min(q)
-    scale = 1 / jnp.sqrt(jnp.where(least > 0, least, 1))
-    natural = jax.nn.softmax(-q)
-    natural = natural * net.squared_norm / (2 * jnp.sum(natural * q))
-    lam = natural if multipliers is None else jnp.asarray(multipliers, q.dtype)
-    net, q = net.scaled(scale), q * scale**2
 
-    x, force = data.x[None, :], (lam * data.y)[None, :]
-    reach = jnp.hypot(1, x)
-    inner = net.w[:, None] * x + net.b[:, None]
-    on = jnp.abs(inner) <= _ON * jnp.hypot(net.w, net.b)[:, None] * reach
-    active = ((inner > 0) & ~on).astype(q.dtype)
-    z = jnp.stack([active @ (force * x)[0], active @ force[0]])
-    # What u/v still lacks is to come from the points under the breakpoint, which lie in one place.
-    lack = jnp.stack([net.w, net.b]) / jnp.where(net.v == 0, 1, net.v)[None] - z
-    push = on.astype(q.dtype) * force
-    needed = (lack[0][:, None] * x + lack[1][:, None]) / reach**2
-    total = jnp.sum(push, axis=1, keepdims=True)
-    share = jnp.where(total == 0, 0, needed / jnp.where(total == 0, 1, total))
-    push = push * jnp.clip(share, 0, 1)
-    z = z + jnp.stack([push @ data.x, jnp.sum(push, axis=1)])
-    off = ReluNetwork(
-        net.w - net.v * z[0], net.b - net.v * z[1], net.v - jnp.sum(jnp.maximum(inner, 0) * force, axis=1)
-    )
-    whole = jnp.sum(jnp.abs(lam))
-    parts = (
-        jnp.sqrt(off.squared_norm / net.squared_norm),
-        jnp.max(-lam) / whole,
-        jnp.sum(jnp.abs(lam) * jnp.abs(q - 1)) / whole,
-    )
-    residual = jnp.max(jnp.stack(parts))
-    return jnp.where((least > 0) & ~jnp.isnan(residual), residual, jnp.inf)
+    network: ReluNetwork
+    multipliers: Float[Array, " n"]
+    residual: Float[Array, ""]
+    raw: Float[Array, ""]
+
+    @property
+    def value(self) -> Float[Array, ""]:
+        """½‖θ*‖²."""
+        return 0.5 * self.network.squared_norm
+
+    @classmethod
+    def none(cls, data: Dataset) -> "Candidate":
+        """Of the shapes that a state on `data` gives, and certified by nothing."""
+        blank, infinite = jnp.zeros((_width(data.samples),), data.x.dtype), jnp.full((), jnp.inf, data.x.dtype)
+        return cls(ReluNetwork(blank, blank, blank), jnp.zeros_like(data.x), infinite, infinite)
 
 
-def limit(flow: Flow, data: Dataset, loss: Loss | None = None) -> Limit:
-    """The limit direction of a flow on `data`, from its end and from a later state with ten times its ρ².
-
-    **Arguments** `flow`: what `integrate` returned; `loss`: the loss it was made with (default exponential), for going
-    on. **Returns** a `Limit`, under jit and vmap too: failure is its `status`.
-
-    **Raises** `ValueError` in float32, where 1e-10 is out of reach.
-    """
-    if data.x.dtype != jnp.float64:
-        raise ValueError("a certified limit needs float64: call jax.config.update('jax_enable_x64', True) first")
-    return _limit(flow, data, loss)
-
-
-@eqx.filter_jit
-def _limit(flow: Flow, data: Dataset, loss: Loss | None) -> Limit:
-    goal = jnp.where(flow.separated, jnp.sqrt(10 * flow.final.squared_norm), 0)
-    later = integrate(flow.final, data, loss, Until(norm=goal))
-    states = jax.tree.map(lambda a, b: jnp.stack([a, b]), (flow.final, flow.sliding), (later.final, later.sliding))
-    nets, multipliers, residuals = jax.vmap(lambda net, sliding: from_state(net, sliding, data))(*states)
-    network = jax.tree.map(lambda a: a[1], nets)
-    values = 0.5 * jax.vmap(lambda net: net.squared_norm)(nets)
-    raw = 0.5 / jnp.stack([flow.margin, later.margin])
+def judged(before: Candidate, now: Candidate, separated: Bool[Array, ""], data: Dataset) -> Limit:
+    """The limit that two states of a flow lead to, `now` with ten times the ρ² of `before`."""
+    value = now.value
     # The smoothed margin never falls, and exceeds the margin by less than (log n)/ρ²: the limit's is no smaller.
-    near = (raw - values[1]) / values[1]
-    disagreement = jnp.abs(values[0] / values[1] - 1)
-    agrees = (disagreement <= _AGREE) & (near[1] >= -CERTIFIED) & (near[1] < near[0]) & flow.separated
+    first, second = (before.raw - value) / value, (now.raw - value) / value
+    disagreement = jnp.abs(before.value / value - 1)
+    nearer = (second >= -CERTIFIED) & (second <= jnp.maximum(first, CERTIFIED))
+    agrees = (disagreement <= _AGREE) & nearer
     status = LimitStatus.where(agrees, LimitStatus.certified, LimitStatus.not_settled)
-    good = residuals[1] <= CERTIFIED
-    status = LimitStatus.where(good, status, LimitStatus.not_stationary)
-    status = LimitStatus.where(flow.separated, status, LimitStatus.not_separated)
+    status = LimitStatus.where(now.residual <= CERTIFIED, status, LimitStatus.not_stationary)
+    status = LimitStatus.where(separated, status, LimitStatus.not_separated)
     resolution = _RESOLUTION * (jnp.max(data.x) - jnp.min(data.x))
-    return Limit(network, multipliers[1], values[1], residuals[1], resolution, disagreement, status)
+    return Limit(now.network, now.multipliers, value, now.residual, resolution, disagreement, status)
 
 
-def from_state(net: ReluNetwork, sliding: Float[Array, " k"], data: Dataset):
-    """The limit that one state leads to: its network, its multipliers in the order of the data, and its residual."""
+def candidate(net: ReluNetwork, sliding: Float[Array, " k"], data: Dataset) -> Candidate:
+    """The limit that one state leads to; `sliding` as in `Flow`."""
     points = Points(data)
+    first, *larger = (size for size in _SIZES if size < data.samples or size == _SIZES[0])
+    found = _candidate(net, sliding, data, points, first)
+    for size in larger:
+        # A loop, as `cond` would run under vmap for lanes that need it and lanes that do not.
+        found = jax.lax.while_loop(
+            lambda pair: pair[0] & ~(pair[1].residual <= CERTIFIED),
+            lambda _, size=size: (jnp.array(False), _candidate(net, sliding, data, points, size)),
+            (jnp.array(True), found),
+        )[1]
+    return found
+
+
+def _width(samples: int) -> int:
+    return neurons_held(max(min(size, samples) for size in _SIZES) + 1)
+
+
+def _candidate(net: ReluNetwork, sliding, data: Dataset, points: Points, size: int) -> Candidate:
     n = points.x.shape[0]
     real = points.log_count > -jnp.inf
     q = jnp.where(real, points.y * net(points.x), jnp.inf)
-    chosen = jnp.sort(jnp.argsort(q)[: min(n, _CANDIDATES)])
-    # One more point, right of all and without weight: the cones need two.
-    x = jnp.append(points.x[chosen], 2 * points.x[chosen[-1]] - points.x[chosen[0]] + 1)
-    y, real = jnp.append(points.y[chosen], 1.0), jnp.append(real[chosen], False)
-    allowed = cells_of(net, sliding, x)
+    raw = 0.5 * net.squared_norm / jnp.min(q)
+    size = min(n, size)
+
+    def exchange(state):
+        """Solve on `size` points, and say which to take next: those with multipliers, then the most violated."""
+        round_, rank, _, _ = state
+        chosen = jnp.sort(jnp.argsort(rank)[:size])
+        # One more point, right of all and without weight: the cones need two.
+        x = jnp.append(points.x[chosen], 2 * points.x[chosen[-1]] - points.x[chosen[0]] + 1)
+        solution = _settle(x, jnp.append(points.y[chosen], 1.0), jnp.append(real[chosen], False), net, sliding)
+        found = solution.network()
+        margins = jnp.where(real, points.y * found(points.x), jnp.inf)
+        shares = jnp.zeros_like(points.x).at[chosen].set(jnp.where(real[chosen], solution.multipliers[:-1], 0))
+        violated = jnp.any(margins < 1 - CERTIFIED)
+        least = jnp.min(margins)
+        found = found.scaled(1 / jnp.sqrt(jnp.where(least > 0, least, 1)))
+        rank = jnp.where(shares > 0, -jnp.inf, jnp.where(margins < 1, margins - 1, q))
+        return round_ + 1, rank, violated & (n > size), (found, shares)
+
+    width = neurons_held(size + 1)
+    blank = jnp.zeros((width,), points.x.dtype)
+    start = (jnp.zeros((), int), q, jnp.array(True), (ReluNetwork(blank, blank, blank), jnp.zeros_like(points.x)))
+    *_, (network, shares) = jax.lax.while_loop(lambda s: s[2] & (s[0] < _EXCHANGES), exchange, start)
+    network = jax.tree.map(lambda a: jnp.pad(a, (0, _width(data.samples) - width)), network)
+    # Points that occur several times share their multiplier.
+    shares = shares / jnp.where(real, jnp.exp(points.log_count), 1)
+    order = jnp.argsort(data.x)
+    sorted_x = data.x[order]
+    slot = jnp.cumsum(jnp.concatenate([jnp.zeros((1,), int), (sorted_x[1:] != sorted_x[:-1]).astype(int)]))
+    multipliers = jnp.zeros_like(data.x).at[order].set(shares[slot])
+    return Candidate(network, multipliers, kkt_residual(network, data, multipliers), raw)
+
+
+def _settle(x, y, real, net: ReluNetwork, sliding) -> Solution:
+    """The program on ascending points, with the cells of the state's neurons and all that they go on to."""
     cones = Cones(x)
 
     def more(state):
@@ -214,19 +216,9 @@ def from_state(net: ReluNetwork, sliding: Float[Array, " k"], data: Dataset):
         return round_ + 1, new, jnp.any(new != allowed), solution
 
     empty = Solution(jnp.zeros_like(x), jnp.zeros((2, 2, 2 * x.shape[0]), x.dtype), jnp.zeros((), x.dtype))
-    start = (jnp.zeros((), int), allowed, jnp.array(True), empty)
+    start = (jnp.zeros((), int), cells_of(net, sliding, x), jnp.array(True), empty)
     *_, solution = jax.lax.while_loop(lambda s: s[2] & (s[0] < _ROUNDS), more, start)
-    network = solution.network()
-    # Points that occur several times share their multiplier.
-    shares = jnp.zeros_like(points.x).at[chosen].set(jnp.where(real, solution.multipliers, 0)[:-1])
-    shares = shares / jnp.where(points.log_count > -jnp.inf, jnp.exp(points.log_count), 1)
-    order = jnp.argsort(data.x)
-    sorted_x = data.x[order]
-    slot = jnp.cumsum(jnp.concatenate([jnp.zeros((1,), int), (sorted_x[1:] != sorted_x[:-1]).astype(int)]))
-    multipliers = jnp.zeros_like(data.x).at[order].set(shares[slot])
-    residual = kkt_residual(network, data, multipliers)
-    least = jnp.min(data.margins(network))
-    return network.scaled(1 / jnp.sqrt(jnp.where(least > 0, least, 1))), multipliers, residual
+    return solution
 
 
 def cells_of(net: ReluNetwork, sliding: Float[Array, " k"], x: Float[Array, " n"]) -> Bool[Array, "2 cells"]:

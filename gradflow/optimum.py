@@ -25,10 +25,10 @@ from gradflow.clarke import Points
 from gradflow.data import Dataset
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots
-from gradflow.program import HELD, lower_bound, solve
+from gradflow.program import lower_bound, neurons_held, solve
 
-_CANDIDATES = 48  # points in the program at a time
-_ROUNDS = 6  # of exchanging points without multipliers for violated ones
+_SIZES = (24, 64)  # points in the program at a time: at first, and if that proves nothing
+_EXCHANGES = 6  # of points without multipliers for violated ones
 _EXACT = 1e-9  # relative gap between value and bound, up to which the optimum is proved
 
 
@@ -134,9 +134,32 @@ def closed_form(x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, 
 
 def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Float[Array, ""]]:
     """The program's network, with margins of at least 1 on all points, and its lower bound."""
+    n = points.x.shape[0]
+    first, *larger = sorted({min(n, size) for size in _SIZES})
+    width = neurons_held(max([first, *larger]) + 1)
+
+    def solved(size):
+        net, bound = _on_some(points, real, size)
+        return jax.tree.map(lambda a: jnp.pad(a, (0, width - a.shape[0])), net), bound
+
+    def open_(found):
+        return ~(found[1] >= (1 - _EXACT) * 0.5 * found[0].squared_norm)
+
+    found = solved(first)
+    for size in larger:
+        # A loop, as `cond` would run under vmap for lanes that need it and lanes that do not.
+        found = jax.lax.while_loop(
+            lambda pair: pair[0] & open_(pair[1]),
+            lambda _, size=size: (jnp.array(False), solved(size)),
+            (jnp.array(True), found),
+        )[1]
+    return found
+
+
+def _on_some(points: Points, real: Bool[Array, " n"], size: int) -> tuple[ReluNetwork, Float[Array, ""]]:
+    """The program on `size` points at a time, with those exchanged that turn out to matter."""
     x, y = points.x, points.y
     n = x.shape[0]
-    size = min(n, _CANDIDATES)
     last = jnp.sum(real) - 1
     change = real[1:] & (y[1:] != y[:-1])
     border = jnp.concatenate([jnp.zeros((1,), bool), change]) | jnp.concatenate([change, jnp.zeros((1,), bool)])
@@ -147,8 +170,8 @@ def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Floa
     priority = jnp.where(border, float(n), spread)
     allowed = jnp.ones((2, 2 * (size + 1)), bool).at[:, size + 1].set(False)
 
-    def exchange(_, state):
-        priority, *_ = state
+    def exchange(state):
+        round_, priority, *_ = state
         chosen = jnp.sort(jax.lax.top_k(jnp.where(real, priority, -1), size)[1])
         # One more point, right of all and without weight: the cones need two.
         xs = jnp.append(x[chosen], 2 * x[chosen[-1]] - x[chosen[0]] + 1)
@@ -161,10 +184,9 @@ def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Floa
         least = jnp.min(q)
         net = net.scaled(1 / jnp.sqrt(jnp.where(least > 0, least, jnp.nan)))
         bound = lower_bound(xs, ys, jnp.where(some, solution.multipliers, 0))
-        return priority, net, bound
+        return round_ + 1, priority, ~(least >= 1 - _EXACT) & (n > size), net, bound
 
-    blank = jnp.zeros((min(4 * (size + 1), HELD),), x.dtype)
-    start = (priority, ReluNetwork(blank, blank, blank), jnp.zeros((), x.dtype))
-    rounds = _ROUNDS if n > size else 1
-    _, net, bound = jax.lax.fori_loop(0, rounds, exchange, start)
+    blank = jnp.zeros((neurons_held(size + 1),), x.dtype)
+    start = (jnp.zeros((), int), priority, jnp.array(True), ReluNetwork(blank, blank, blank), jnp.zeros((), x.dtype))
+    *_, net, bound = jax.lax.while_loop(lambda s: s[2] & (s[0] < _EXCHANGES), exchange, start)
     return net, bound

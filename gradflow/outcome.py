@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.limit import Limit
 from gradflow.network import ReluNetwork, is_concrete
 
 
@@ -13,7 +14,10 @@ class Status(eqx.Enumeration):
 
     running = "Still running."
     reached = "Reached what `until` asked for."
-    settled = "The direction has settled: velocity and position are parallel to the tolerance of `until`."
+    certified = "The direction has settled, and its limit is certified."
+    uncertified = (
+        "All points are classified, but no limit could be certified, however far the flow went: see what `limit` says."
+    )
     stalled = (
         "Stalled: the loss no longer falls, though it is positive: training failed, a true outcome. Another "
         "initialisation or a wider network may do better."
@@ -22,6 +26,10 @@ class Status(eqx.Enumeration):
     step_limit = (
         "Stopped at `max_steps` before `until` was met. Raise `max_steps`, or ask for less; inputs and breakpoints of "
         "the order of 1 take the fewest steps."
+    )
+    precision = (
+        "float32 cannot follow the flow past log loss −50, where margins and their differences in the weights of the "
+        "points take more digits: use float64, or ask for less."
     )
     step_too_small = (
         "The step size fell below rounding: the tolerance is finer than the float dtype can meet. Loosen `rtol` and "
@@ -36,13 +44,18 @@ class Status(eqx.Enumeration):
 STATUSES = (
     "running",
     "reached",
-    "settled",
+    "certified",
+    "uncertified",
     "stalled",
     "not_separable",
     "step_limit",
+    "precision",
     "step_too_small",
     "non_finite",
 )
+
+
+_SETTLED = 0.3  # 1, 0.3, 0.1 and 0.02 give the same limits (`benchmarks/limits.py`), and later takes more steps
 
 
 class Until(eqx.Module):
@@ -50,24 +63,25 @@ class Until(eqx.Module):
 
     **Arguments** `time`: rescaled time τ (met exactly, but for flows that almost stand still, see `integrate`);
     `log_loss`: natural log of the mean loss, at or below; `norm`: ‖θ‖, at or above. With none of them, the flow stops
-    when its direction has settled: when the angle between θ and
-    dθ/dτ, whose tangent is the relative KKT residual of θ for the natural multipliers, has a tangent of at most
-    `settled`. That is asked for only if nothing else is. Values are traced: another number does not recompile.
+    when its limit is *certified* (`Limit`), in float64: first tried when the angle between θ and dθ/dτ has a tangent of
+    at most `settled`, and then with ten times the ρ², again and again. The tangent is the relative KKT residual of θ
+    for the natural multipliers. `settled` goes with nothing else. Values are traced: another number does not recompile.
     """
 
     time: Float[Array, ""]
     log_loss: Float[Array, ""]
     norm: Float[Array, ""]
     settled: Float[Array, ""]
+    certifies: bool = eqx.field(static=True)
 
     def __init__(self, time=None, log_loss=None, norm=None, *, settled=None):
         if settled is not None and not (time is None and log_loss is None and norm is None):
             raise ValueError("`settled` is used only without time, log_loss and norm: give one or the other")
-        settles = time is None and log_loss is None and norm is None
+        self.certifies = time is None and log_loss is None and norm is None
         self.time = jnp.asarray(jnp.inf if time is None else time, float)
         self.log_loss = jnp.asarray(-jnp.inf if log_loss is None else log_loss, float)
         self.norm = jnp.asarray(jnp.inf if norm is None else norm, float)
-        self.settled = jnp.asarray((0.05 if settled is None else settled) if settles else -1.0, float)
+        self.settled = jnp.asarray((_SETTLED if settled is None else settled) if self.certifies else -1.0, float)
         for name in ("time", "log_loss", "norm", "settled"):
             value = getattr(self, name)
             if value.ndim != 0 or (is_concrete(value) and bool(jnp.isnan(value))):
@@ -130,7 +144,8 @@ class Flow(eqx.Module):
     - `steps`, `rejected`: accepted and rejected step attempts;
     - `events`: how often a breakpoint crossed a data point, stuck to one or came off one;
     - `sliding` (k,): the data point that each neuron's breakpoint sticks to at the end, NaN for none;
-    - `path`: snapshots if `save` asked for them, else `None`.
+    - `path`: snapshots if `save` asked for them, else `None`;
+    - `limit`: the limit of its direction, if `until` asked for that, else `None` (`gradflow.limit` finds it).
     """
 
     final: ReluNetwork
@@ -148,11 +163,12 @@ class Flow(eqx.Module):
     events: Int[Array, ""]
     sliding: Float[Array, " k"]
     path: Path | None
+    limit: Limit | None
 
     @property
     def success(self) -> Bool[Array, ""]:
-        """Whether the flow did what was asked: reached or settled."""
-        return (self.status == Status.reached) | (self.status == Status.settled)
+        """Whether the flow did what was asked: reached or certified."""
+        return (self.status == Status.reached) | (self.status == Status.certified)
 
     def check(self) -> "Flow":
         """This flow, or a `RuntimeError` with the status's advice. For people; not for jit or vmap."""
@@ -171,7 +187,8 @@ class Flow(eqx.Module):
             return super().__repr__()
         accuracy = "all points classified, for good" if self.separated else "not (yet) provably all points classified"
         return (
-            f"Flow of {self.final.width} neurons: {Status[self.status]}\n"
+            f"Flow of {self.final.width} neuron{'s' * (self.final.width > 1)}: {Status[self.status]}\n"
             f"  {self._numbers()} ({self.rejected} rejected)\n"
             f"  {accuracy}; balancedness drift {self.drift:.1e}, KKT residual {self.residual:.1e}"
+            + ("" if self.limit is None else f"\n{self.limit!r}")
         )

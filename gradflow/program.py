@@ -21,10 +21,11 @@ proximally regularised as amplitudes need not be unique (Rockafellar 1976).
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.clarke import cell_range, solver_of_positive_definite
 from gradflow.network import ReluNetwork
+from gradflow.sites import Sites
 
 _CENTRE = 1e4  # first μ over the first λ: a path that starts in the middle stays there
 _BARRIER = 200  # Newton steps of the barrier, at most
@@ -36,7 +37,11 @@ _ACTIVE = 30.0
 _SHRINK = 0.2  # of μ, once a Newton step was short
 _ACCURATE = 1e-12  # μ over the mean λ at which the active constraints are read off
 _PROXIMAL = 1e-7
-HELD = 64  # cells that may be active at once
+
+
+def neurons_held(points: int) -> int:
+    """How many cells may be active at once; no more than there are points, of which some have no weight, are needed."""
+    return min(4 * points, points + 8)
 
 
 class Solution(eqx.Module):
@@ -51,9 +56,9 @@ class Solution(eqx.Module):
     residual: Float[Array, ""]
 
     def network(self) -> ReluNetwork:
-        """The balanced network with these lines: one neuron a cell in use, at most `HELD`, zero-padded."""
+        """The balanced network with these lines: one neuron a cell in use, zero-padded to `neurons_held`."""
         size = jnp.sqrt(jnp.sum(self.lines**2, axis=1)).reshape(-1)
-        size, index = jax.lax.top_k(jnp.where(size > _NOTHING * jnp.sum(size), size, 0), min(size.size, HELD))
+        size, index = jax.lax.top_k(jnp.where(size > _NOTHING * jnp.sum(size), size, 0), neurons_held(size.size // 4))
         sign, cell = index // self.lines.shape[-1], index % self.lines.shape[-1]
         root = jnp.sqrt(jnp.where(size > 0, size, 1))
         w, b = jnp.where(size > 0, 1 / root, 0)[None] * self.lines[sign, :, cell].T
@@ -66,20 +71,24 @@ class Cones(eqx.Module):
     x: Float[Array, " n"]
     first: Float[Array, "2 cells"]
     second: Float[Array, "2 cells"]
-    active: Float[Array, "cells n"]
+    sites: Sites
 
     def __init__(self, x: Float[Array, " n"]):
         n = x.shape[0]
         ray = jnp.stack([jnp.ones_like(x), -x]) / jnp.hypot(1, x)[None]
         self.x, self.second = x, jnp.concatenate([ray, -ray], axis=1)
         self.first = jnp.roll(self.second, 1, axis=1)
-        low, high = cell_range(jnp.arange(2 * n), n)
-        index = jnp.arange(n)
-        self.active = ((index[None] >= low[:, None]) & (index[None] < high[:, None])).astype(x.dtype)
+        self.sites = Sites(x, *cell_range(jnp.arange(2 * n), n))
+
+    def active(self, cell: Int[Array, "..."]) -> Bool[Array, "... n"]:
+        """Which points are active in each of some cells."""
+        low, high = cell_range(cell, self.x.shape[0])
+        index = jnp.arange(self.x.shape[0])
+        return (index >= low[..., None]) & (index < high[..., None])
 
     def forces(self, force: Float[Array, " n"]) -> Float[Array, "2 2 cells"]:
         """s Σ_{i ∈ c} force_i x̃_i."""
-        z = jnp.stack([self.active @ (force * self.x), self.active @ force])
+        z = self.sites.pull(force)
         return jnp.stack([z, -z])
 
     def place(self, z: Float[Array, "2 2 cells"]):
@@ -97,8 +106,11 @@ class Cones(eqx.Module):
         return jnp.where(place == 0, z, jnp.where(place == 3, 0, on_ray))
 
     def margins(self, lines: Float[Array, "2 2 cells"], y) -> Float[Array, " n"]:
-        total = (lines[0] - lines[1]) @ self.active
-        return y * (total[0] * self.x + total[1])
+        return y * self.sites.lines(*(lines[0] - lines[1]))
+
+    def gram(self, b: Float[Array, "3 cells"]) -> Float[Array, "n n"]:
+        """Σ_c [i, l ∈ c] x̃_iᵀ B_c x̃_l."""
+        return self.sites.gram(b[jnp.array([0, 1, 1, 2])], jnp.arange(self.x.shape[0]))
 
 
 def _cross(a, b):
@@ -134,7 +146,7 @@ def solve(
         curve = _curvature(cones, place)
         b = jnp.where(allowed[:, None], 2 * mu * curve / slack[:, None], 0)
         b = b + jnp.where(allowed[:, None], 4 * mu * _outer(p) / slack[:, None] ** 2, 0)
-        h = _assemble(cones, y, jnp.sum(b, axis=0)) * real_[:, None] * real_[None, :]
+        h = cones.gram(jnp.sum(b, axis=0)) * (y * real_)[:, None] * (y * real_)[None, :]
         h = h + jnp.diag(jnp.where(real, mu / jnp.where(real, lam, 1) ** 2, 1))
         scale = 1 / jnp.sqrt(jnp.diag(h))
         step = scale * solver_of_positive_definite(h * scale[:, None] * scale[None, :])(scale * gradient)
@@ -143,8 +155,8 @@ def solve(
     # Beyond 1 too: h² has jumps in its second derivative, where Newton's steps may be much too short.
     lengths = 2.0 ** jnp.arange(8, -16, -1, dtype=x.dtype)
 
-    def iterate(_, state):
-        lam, mu, done = state
+    def iterate(state):
+        count, lam, mu, _ = state
         step, decrement, _ = direction(lam, mu)
         # To at most 0.95 of the boundary λ = 0; that of the cells by trial.
         toward = jnp.where(real & (step < 0), -step / jnp.where(real, lam, 1), 0)
@@ -156,16 +168,15 @@ def solve(
         new = jnp.where(moved, lam + tries[best] * step, lam)
         near = (decrement < 0.3) | ~moved
         small = mu <= _ACCURATE * jnp.sum(jnp.where(real, new, 0)) / jnp.sum(real_)
-        lam = jnp.where(done, lam, new)
-        mu = jnp.where(done | ~near | small, mu, _SHRINK * mu)
-        return lam, mu, done | (near & small)
+        return count + 1, new, jnp.where(~near | small, mu, _SHRINK * mu), near & small
 
     one = cones.forces(real_ * y)
     place = cones.place(one)
     largest = jnp.sqrt(jnp.max(jnp.where(allowed, jnp.sum(cones.project(one, place) ** 2, axis=1), 0)))
     lam = real_ * 0.3 / jnp.where(largest > 0, largest, 1)
     mu = _CENTRE * jnp.max(lam)
-    lam, mu, _ = jax.lax.fori_loop(0, _BARRIER, iterate, (lam, mu, jnp.array(False)))
+    start = (jnp.zeros((), int), lam, mu, jnp.array(False))
+    _, lam, mu, _ = jax.lax.while_loop(lambda s: ~s[-1] & (s[0] < _BARRIER), iterate, start)
     _, _, lines = direction(lam, mu)
     return _polish(cones, y, real, allowed, lam, mu, lines)
 
@@ -185,11 +196,11 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines) -> Solution:
     support = real & (lam**2 > _ACTIVE * mu * total / n)
     size = jnp.sqrt(jnp.sum(lines**2, axis=1)).reshape(-1)
     # A product amplitude × slack is μ: active are those whose amplitude is the larger, both on their own scales.
-    held = min(2 * n, HELD)
+    held = neurons_held(n)
     amplitude, index = jax.lax.top_k(size, held)
     in_use = amplitude**2 > _ACTIVE * mu * total
     sign, cell = index // (2 * n), index % (2 * n)
-    pattern = cones.active[cell] * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
+    pattern = cones.active(cell) * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
 
     def unit(lam):
         z = cones.forces(lam * y)
@@ -276,10 +287,3 @@ def _curvature(cones: Cones, place):
     identity = jnp.array([1.0, 0, 1], cones.x.dtype)[None, :, None]
     place = place[:, None]
     return jnp.where(place == 0, identity, jnp.where(place == 3, 0, _outer(t)))
-
-
-def _assemble(cones: Cones, y, b: Float[Array, "3 cells"]) -> Float[Array, "n n"]:
-    """Σ_c [i, l ∈ c] y_i y_l x̃_iᵀ B_c x̃_l."""
-    xx, xb, bb = (cones.active.T @ (entry[:, None] * cones.active) for entry in b)
-    x = cones.x
-    return (y[:, None] * y[None, :]) * (xx * x[:, None] * x[None, :] + xb * (x[:, None] + x[None, :]) + bb)

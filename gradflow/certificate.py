@@ -1,0 +1,65 @@
+"""The certificate of a limit: the KKT conditions of the maximum-margin problem, recomputed from a network alone.
+
+    minimise ½‖θ‖²  subject to  q_i(θ) = y_i N(x_i) ≥ 1:    θ ∈ Σ λ_i ∂q_i(θ),  λ_i ≥ 0,  λ_i (q_i − 1) = 0.
+
+Knows nothing of flows, cells or programs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gradflow.data import Dataset
+from gradflow.network import ReluNetwork
+
+CERTIFIED = 1e-10  # largest relative residual of a certified limit
+_ON = 1e-11  # |u·x̃| over ‖u‖ ‖x̃‖ up to which a breakpoint is on a point: rounding
+
+
+def kkt_residual(net: ReluNetwork, data: Dataset, multipliers=None) -> Float[Array, ""]:
+    """How far a network that classifies `data`, scaled to minimum margin 1, is from a KKT point of (P).
+
+    **Arguments** `multipliers`: λ (n,); default the natural ones of the exponential loss, λ_i = p_i ρ²/(2 Σ p_l q_l), p
+    the softmax of −q.
+
+    **Returns** the largest of
+
+    - stationarity: ‖θ − Σ λ_i ∂q_i‖/‖θ‖ with the Clarke subdifferential, the activation at a breakpoint on a point
+      being the number in [0, 1] that fits best;
+    - negative multipliers: max −λ_i/Σ λ; complementarity: Σ |λ_i| |q_i − 1|/Σ λ.
+
+    Infinite if some margin is not positive. Works under jit and vmap.
+    """
+    q = data.margins(net)
+    least = jnp.min(q)
+    scale = 1 / jnp.sqrt(jnp.where(least > 0, least, 1))
+    natural = jax.nn.softmax(-q)
+    natural = natural * net.squared_norm / (2 * jnp.sum(natural * q))
+    lam = natural if multipliers is None else jnp.asarray(multipliers, q.dtype)
+    net, q = net.scaled(scale), q * scale**2
+
+    x, force = data.x[None, :], (lam * data.y)[None, :]
+    reach = jnp.hypot(1, x)
+    inner = net.w[:, None] * x + net.b[:, None]
+    on = jnp.abs(inner) <= _ON * jnp.hypot(net.w, net.b)[:, None] * reach
+    active = ((inner > 0) & ~on).astype(q.dtype)
+    z = jnp.stack([active @ (force * x)[0], active @ force[0]])
+    # What u/v still lacks is to come from the points under the breakpoint, which lie in one place.
+    lack = jnp.stack([net.w, net.b]) / jnp.where(net.v == 0, 1, net.v)[None] - z
+    push = on.astype(q.dtype) * force
+    needed = (lack[0][:, None] * x + lack[1][:, None]) / reach**2
+    total = jnp.sum(push, axis=1, keepdims=True)
+    share = jnp.where(total == 0, 0, needed / jnp.where(total == 0, 1, total))
+    push = push * jnp.clip(share, 0, 1)
+    z = z + jnp.stack([push @ data.x, jnp.sum(push, axis=1)])
+    off = ReluNetwork(
+        net.w - net.v * z[0], net.b - net.v * z[1], net.v - jnp.sum(jnp.maximum(inner, 0) * force, axis=1)
+    )
+    whole = jnp.sum(jnp.abs(lam))
+    parts = (
+        jnp.sqrt(off.squared_norm / net.squared_norm),
+        jnp.max(-lam) / whole,
+        jnp.sum(jnp.abs(lam) * jnp.abs(q - 1)) / whole,
+    )
+    residual = jnp.max(jnp.stack(parts))
+    return jnp.where((least > 0) & ~jnp.isnan(residual), residual, jnp.inf)
