@@ -109,5 +109,7 @@ def _passes_sticky_ray(field: Field, net: ReluNetwork, weights: Weights, cell: I
     sticky = jnp.stack([(inactive < 0) & (active > 0), (inactive > 0) & (active < 0)])  # for v < 0, for v > 0
     count = jnp.concatenate([jnp.zeros((2, 1), jnp.int32), jnp.cumsum(sticky, axis=1, dtype=jnp.int32)], axis=1)
     sign = (net.v > 0).astype(jnp.int32)
-    old = field.mode.cell
-    return count[sign, cell] != count[sign, old]
+    old, rays = field.mode.cell, 2 * points.x.shape[0]
+    passed = count[sign, jnp.maximum(old, cell)] - count[sign, jnp.minimum(old, cell)]
+    # Cells lie on a circle; the way is the shorter one, and may lead through its seam.
+    return jnp.where(2 * jnp.abs(cell - old) > rays, count[sign, rays] - passed, passed) != 0

@@ -208,7 +208,15 @@ class Problem(eqx.Module):
             (coarse, Status.precision),
             (met, Status.reached),
             (self.points.conflict, Status.not_separable),
-            (~(jnp.isfinite(rho) & jnp.isfinite(weights.log_loss) & jnp.isfinite(fastest)), Status.non_finite),
+            (
+                ~(
+                    jnp.all(jnp.isfinite(self.points.x))
+                    & jnp.isfinite(rho)
+                    & jnp.isfinite(weights.log_loss)
+                    & jnp.isfinite(fastest)
+                ),
+                Status.non_finite,
+            ),
         ):
             status = Status.where(condition, outcome, status)
         slow = state.slow.after_step(weights.log_p, jnp.where(separated, 1, pace))

@@ -18,6 +18,10 @@ be treated as support vectors; the solution tells which are.
 is *certified* if that is at most 1e-10, and if the same limit comes from two states of the flow, the later one with ten
 times the ρ² and nearer to it.
 
+**Uniqueness.** Amplitudes need not be unique: a bend may be shared between a left- and a right-facing neuron. They can
+move along the null space of the neurons' values at the support vectors; whether that moves N* too, values at all
+breakpoints and far out tell. The flow has a limit that is one of them; if N* is not the same for all, it is not known.
+
 **Points.** The program sees the points with the smallest margins, few at first; if others turn out to violate their
 constraint, or the certificate fails, more.
 """
@@ -37,6 +41,7 @@ from gradflow.program import Cones, Solution, neurons_held, solve
 _AGREE = 1e-8  # relative difference of the two values
 _SIZES = (24, 64)  # how many points may be support vectors: first, and if need be
 _EXCHANGES = 4  # of points without multipliers for violated ones
+_SAME = 1e-7  # relative, up to which values of neurons count as linearly dependent
 _ROUNDS = 40  # of the program with more and more cells
 _RESOLUTION = 1e-10  # relative error of a breakpoint, over the length of the data
 
@@ -45,6 +50,14 @@ class LimitStatus(eqx.Enumeration):
     """What became of a limit. Printing a value gives its sentence."""
 
     certified = "Certified: a KKT point of the maximum-margin problem, the same from two states of the flow."
+    certified_function = (
+        "Certified, as a function: a KKT point of the maximum-margin problem, the same from two states of the flow. "
+        "Other amplitudes of its neurons draw the same function at the same cost, and the flow may tend to those."
+    )
+    not_unique = (
+        "The conditions leave room for more than one function at the same cost, and two states of a flow do not tell "
+        "which it tends to: of this one, only ½‖θ‖² is certain."
+    )
     not_separated = (
         "The flow has not classified all points, so its direction need not converge to a KKT point: integrate on, or, "
         "if it has stalled, take it as training that failed."
@@ -67,7 +80,7 @@ class Limit(eqx.Module):
     - `residual`: relative KKT residual, recomputed from `network` and `multipliers`;
     - `resolution`: 1e-10 of the length of the data, within which two breakpoints are one;
     - `disagreement`: relative difference between `value` and that from the earlier state of the flow;
-    - `certified`, `status`.
+    - `certified`: that the function N* is the limit; `status`.
     """
 
     network: ReluNetwork
@@ -80,8 +93,8 @@ class Limit(eqx.Module):
 
     @property
     def certified(self) -> Bool[Array, ""]:
-        """Whether the status is `certified`."""
-        return self.status == LimitStatus.certified
+        """Whether the status is `certified` or `certified_function`."""
+        return (self.status == LimitStatus.certified) | (self.status == LimitStatus.certified_function)
 
     @property
     def knots(self) -> Float[Array, " knots"]:
@@ -142,11 +155,52 @@ def judged(before: Candidate, now: Candidate, separated: Bool[Array, ""], data: 
     disagreement = jnp.abs(before.value / value - 1)
     nearer = (second >= -CERTIFIED) & (second <= jnp.maximum(first, CERTIFIED))
     agrees = (disagreement <= _AGREE) & nearer
-    status = LimitStatus.where(agrees, LimitStatus.certified, LimitStatus.not_settled)
+    amplitudes, function = uniqueness(now.network, now.multipliers, data)
+    status = LimitStatus.where(amplitudes, LimitStatus.certified, LimitStatus.certified_function)
+    status = LimitStatus.where(function, status, LimitStatus.not_unique)
+    status = LimitStatus.where(agrees, status, LimitStatus.not_settled)
     status = LimitStatus.where(now.residual <= CERTIFIED, status, LimitStatus.not_stationary)
     status = LimitStatus.where(separated, status, LimitStatus.not_separated)
     resolution = _RESOLUTION * (jnp.max(data.x) - jnp.min(data.x))
     return Limit(now.network, now.multipliers, value, now.residual, resolution, disagreement, status)
+
+
+def uniqueness(net: ReluNetwork, multipliers: Float[Array, " n"], data: Dataset):
+    """Whether no other amplitudes of its neurons satisfy the conditions that `net` does; whether no other function."""
+    size, live = jnp.hypot(net.w, net.b), net.v != 0
+    direction = jnp.stack([net.w, net.b]) / jnp.where(size > 0, size, 1)[None]
+
+    def values(first, second):
+        """max(0, u·(first, second)) of unit vectors u, times the sign of v: one column a neuron."""
+        place = jnp.stack([first, second]) / jnp.hypot(first, second)[None]
+        inner = place.T @ direction
+        inner = jnp.where(jnp.abs(inner) <= _SAME, 0, jnp.maximum(inner, 0))
+        return jnp.where(live[None], inner * jnp.sign(net.v)[None], 0)
+
+    support = multipliers > _SAME * jnp.max(multipliers)
+    seen = jnp.where(support[:, None], values(data.x, jnp.ones_like(data.x)), 0)
+    far = jnp.stack([jnp.ones_like(net.w[0]), -jnp.ones_like(net.w[0])])
+    # Between these places all neurons are linear: at the breakpoints (−b : w), and far out.
+    everywhere = values(jnp.concatenate([-net.b, far]), jnp.concatenate([net.w, jnp.zeros_like(far)]))
+    everywhere = jnp.concatenate([seen, jnp.where(jnp.isfinite(everywhere), everywhere, 0)])
+    gap = jnp.max(jnp.abs(everywhere[:, :, None] - everywhere[:, None, :]), axis=0)
+    index = jnp.arange(net.width)
+    repeats = (gap <= _SAME) & (index[:, None] < index[None, :]) & live[:, None]
+    distinct = jnp.sum(live & ~jnp.any(repeats, axis=0))
+    return _rank(seen) == distinct, _rank(seen) == _rank(everywhere)
+
+
+def _rank(columns: Float[Array, "m k"]) -> Int[Array, ""]:
+    """How many columns of size about 1 are linearly independent, by Gram–Schmidt with pivots."""
+
+    def remove(_, state):
+        count, rest = state
+        size = jnp.sqrt(jnp.sum(rest**2, axis=0))
+        most = jnp.argmax(size)
+        unit = rest[:, most] / jnp.where(size[most] > 0, size[most], 1)
+        return jnp.where(size[most] > _SAME, count + 1, count), rest - unit[:, None] * (unit @ rest)[None, :]
+
+    return jax.lax.fori_loop(0, min(columns.shape), remove, (jnp.zeros((), int), columns))[0]
 
 
 def candidate(net: ReluNetwork, sliding: Float[Array, " k"], data: Dataset) -> Candidate:

@@ -36,7 +36,7 @@ class Status(eqx.Enumeration):
         "`atol`, or use float64."
     )
     non_finite = (
-        "The weights are not finite, at the start or after a step. Check the initialisation and the data's scale."
+        "Weights or points are not finite, at the start or after a step. Check the initialisation and the data's scale."
     )
 
 

@@ -80,11 +80,11 @@ class Cones(eqx.Module):
         self.first = jnp.roll(self.second, 1, axis=1)
         self.sites = Sites(x, *cell_range(jnp.arange(2 * n), n))
 
-    def active(self, cell: Int[Array, "..."]) -> Bool[Array, "... n"]:
+    def active(self, cell: Int[Array, " m"]) -> Bool[Array, "m n"]:
         """Which points are active in each of some cells."""
         low, high = cell_range(cell, self.x.shape[0])
-        index = jnp.arange(self.x.shape[0])
-        return (index >= low[..., None]) & (index < high[..., None])
+        index = jnp.arange(self.x.shape[0], dtype=cell.dtype)
+        return (index[None] >= low[:, None]) & (index[None] < high[:, None])
 
     def forces(self, force: Float[Array, " n"]) -> Float[Array, "2 2 cells"]:
         """s Σ_{i ∈ c} force_i x̃_i."""
@@ -200,7 +200,7 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines) -> Solution:
     amplitude, index = jax.lax.top_k(size, held)
     in_use = amplitude**2 > _ACTIVE * mu * total
     sign, cell = index // (2 * n), index % (2 * n)
-    pattern = cones.active(cell) * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
+    pattern = cones.active(cell).astype(y.dtype) * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
 
     def unit(lam):
         z = cones.forces(lam * y)

@@ -341,7 +341,7 @@ def summary(dataset: xr.Dataset, confidence: float = 0.99) -> str:
         lines.append(f"{name:<34}{p.estimate:>11.4f}  [{p.low:.4f}, {p.high:.4f}]  {holds:>8}{fails:>8}  {open_:>10}")
     lines += [f"  {claim.name}: {claim.note}" for claim in table if claim.note]
     status = dataset["status"].values
-    done = np.isin(status, [STATUSES.index("reached"), STATUSES.index("settled")])
+    done = np.isin(status, [STATUSES.index("reached"), STATUSES.index("certified")])
     lines += ["", f"{'':<34}{'median':>11}{'90 %':>11}  over"]
     for label, name, over in (
         ("effective regions", "regions", done),

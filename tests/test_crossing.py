@@ -50,3 +50,13 @@ def test_a_thousand_points_are_passed_within_the_tolerance(key, n, k):
         assert off(flow.final, reference) <= rtol
         if rtol == 1e-4:
             assert flow.events > 2 * (flow.steps + flow.rejected)
+
+
+def test_a_breakpoint_sticks_where_the_circle_of_cells_closes():
+    # Left-facing, at the last point: the way there leads through the seam, and it was once taken for harmless.
+    teacher, sample, weights = jr.split(jr.key(1), 3)
+    data = gf.Teacher.random(teacher, 4, switches=3).sample(sample, 8)
+    net = gf.ReluNetwork.random(weights, 12)
+    net = gf.ReluNetwork(0 * net.w, jnp.abs(net.b), net.v)
+    flow = gf.integrate(net, data, until=gf.Until(time=0.5), rtol=1e-8, atol=1e-8)
+    assert flow.events <= 4 and flow.steps < 200

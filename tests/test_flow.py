@@ -207,11 +207,69 @@ def test_until_time_is_met_exactly_and_until_norm_at_the_first_step_past():
     assert float(flow.final.squared_norm) >= 144
 
 
-def test_default_runs_until_the_direction_settles():
+def test_default_runs_until_the_limit_is_certified():
     net, data = problem(1, width=16)
     flow = gf.integrate(net, data).check()
-    assert flow.status == gf.Status.settled and flow.separated and flow.residual <= 0.05
-    assert "settled" in repr(flow)
+    assert flow.status == gf.Status.certified and flow.separated and flow.limit.certified
+    assert "certified" in repr(flow) and repr(flow.limit) in repr(flow)
+    assert gf.limit(flow, data) is flow.limit
+
+
+def test_margin_ignores_the_slots_of_repeated_points():
+    net, data = problem(1, width=16)
+    twice = gf.Dataset(jnp.concatenate([data.x, data.x]), jnp.concatenate([data.y, data.y]))
+    flow = gf.integrate(net, twice, until=gf.Until(time=2.0), save=8)
+    margin = float(jnp.min(data.margins(flow.final)) / flow.final.squared_norm)
+    assert float(flow.margin) == pytest.approx(margin, rel=1e-12)
+    assert float(flow.path.margin[flow.path.count - 1]) == pytest.approx(margin, rel=1e-12)
+
+
+def test_float32_stops_where_it_cannot_follow():
+    net, data = (jax.tree.map(lambda a: a.astype(jnp.float32), a) for a in problem(1, width=16))
+    with pytest.raises(ValueError, match="float64"):
+        gf.integrate(net, data)
+    flow = gf.integrate(net, data, until=gf.Until(norm=1e3))
+    assert flow.status == gf.Status.precision and flow.log_loss < -50
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("net", (1.0, 2.0, 3.0)),
+        ("data", ([0.0], [1.0])),
+        ("loss", "logistic"),
+        ("loss", gf.Logistic),
+        ("loss", gf.Until(time=1.0)),
+        ("until", -60.0),
+        ("solver", "tsit5"),
+        ("solver", diffrax.Tsit5),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(argument, wrong):
+    net, data = problem(0)
+    with pytest.raises(TypeError, match=f"{argument} must be a"):
+        gf.integrate(**({"net": net, "data": data} | {argument: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"), [("rtol", 1.0), ("atol", np.inf), ("rtol", np.ones(3)), ("max_steps", 2.5), ("save", 2.5)]
+)
+def test_numbers_out_of_range_are_named(argument, wrong):
+    net, data = problem(0)
+    with pytest.raises(ValueError, match=argument):
+        gf.integrate(net, data, **{argument: wrong})
+
+
+def test_a_batch_is_refused_with_the_way_to_do_it():
+    net, data = problem(0)
+    with pytest.raises(ValueError, match=r"jax\.vmap"):
+        gf.integrate(jax.tree.map(lambda a: jnp.stack([a, a]), net), data)
+
+
+def test_infinite_points_under_jit_are_a_status():
+    net, data = problem(0)
+    run = jax.jit(lambda x: gf.integrate(net, gf.Dataset(x, data.y), until=gf.Until(time=1.0)).status)
+    assert run(data.x.at[0].set(jnp.inf)) == gf.Status.non_finite
 
 
 def test_a_dead_network_stalls():

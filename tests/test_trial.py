@@ -257,7 +257,7 @@ NETS = {
     "net, status, separated, accuracy, regions, verdict",
     [
         ("few", "reached", True, "holds", "holds", "holds"),
-        ("few", "settled", True, "holds", "holds", "holds"),
+        ("few", "certified", True, "holds", "holds", "holds"),
         ("many", "reached", True, "holds", "fails", "fails"),
         ("unclear", "reached", True, "holds", "unresolved", "unresolved"),
         # A run that was cut off decides nothing about regions, however few or many it has so far.
