@@ -36,6 +36,7 @@ _NOTHING = 1e-13  # a neuron's share of ½‖θ‖² that is rounding
 _ACTIVE = 30.0
 _SHRINK = 0.2  # of μ, once a Newton step was short
 _ACCURATE = 1e-12  # μ over the mean λ at which the active constraints are read off
+_PRECISE = 1e-8  # μ over the mean λ down to which amplitudes have their digits
 _PROXIMAL = 1e-7
 
 
@@ -138,12 +139,12 @@ def solve(
         value += mu * jnp.sum(jnp.log1p(-jnp.where(squared < 1, squared, 0)))
         return jnp.where(good, value, -jnp.inf)
 
-    def direction(lam, mu):
+    def direction(lam, mu, careful):
         _, place, p, squared = ingredients(lam)
         slack = jnp.where(allowed, 1 - squared, 1)
         lines = jnp.where(allowed[:, None], 2 * mu * p / slack[:, None], 0)
         gradient = real_ * (1 + mu / jnp.where(real, lam, 1) - cones.margins(lines, y))
-        curve = _curvature(cones, place)
+        curve = jnp.where(careful, _curvature(cones, jnp.zeros_like(place)), _curvature(cones, place))
         b = jnp.where(allowed[:, None], 2 * mu * curve / slack[:, None], 0)
         b = b + jnp.where(allowed[:, None], 4 * mu * _outer(p) / slack[:, None] ** 2, 0)
         h = cones.gram(jnp.sum(b, axis=0)) * (y * real_)[:, None] * (y * real_)[None, :]
@@ -152,12 +153,15 @@ def solve(
         step = scale * solver_of_positive_definite(h * scale[:, None] * scale[None, :])(scale * gradient)
         return step, jnp.sum(step * gradient) / mu, lines
 
-    # Beyond 1 too: h² has jumps in its second derivative, where Newton's steps may be much too short.
+    # Beyond 1 too: h² has jumps in its second derivative, where Newton's steps may be much too short. Where they prove
+    # too long, the next step is careful: as if all z were inside their cells, where the second derivative is largest.
     lengths = 2.0 ** jnp.arange(8, -16, -1, dtype=x.dtype)
 
     def iterate(state):
-        count, lam, mu, _ = state
-        step, decrement, _ = direction(lam, mu)
+        count, lam, mu, careful, kept, _ = state
+        step, decrement, lines = direction(lam, mu, careful)
+        mean = jnp.sum(lam) / jnp.sum(real_)
+        kept = jnp.where(mu > _PRECISE * mean, lines, kept)
         # To at most 0.95 of the boundary λ = 0; that of the cells by trial.
         toward = jnp.where(real & (step < 0), -step / jnp.where(real, lam, 1), 0)
         tries = jnp.minimum(lengths, 0.95 / jnp.maximum(jnp.max(toward), 1e-30))
@@ -166,19 +170,20 @@ def solve(
         best = jnp.argmax(values)
         moved = values[best] >= here
         new = jnp.where(moved, lam + tries[best] * step, lam)
-        near = (decrement < 0.3) | ~moved
-        small = mu <= _ACCURATE * jnp.sum(jnp.where(real, new, 0)) / jnp.sum(real_)
-        return count + 1, new, jnp.where(~near | small, mu, _SHRINK * mu), near & small
+        near = jnp.where(careful, ~moved, decrement < 0.3)
+        careful = ~near & (~moved | (tries[best] < 0.1))
+        small = mu <= _ACCURATE * mean
+        return count + 1, new, jnp.where(~near | small, mu, _SHRINK * mu), careful, kept, near & small
 
     one = cones.forces(real_ * y)
     place = cones.place(one)
     largest = jnp.sqrt(jnp.max(jnp.where(allowed, jnp.sum(cones.project(one, place) ** 2, axis=1), 0)))
     lam = real_ * 0.3 / jnp.where(largest > 0, largest, 1)
     mu = _CENTRE * jnp.max(lam)
-    start = (jnp.zeros((), int), lam, mu, jnp.array(False))
-    _, lam, mu, _ = jax.lax.while_loop(lambda s: ~s[-1] & (s[0] < _BARRIER), iterate, start)
-    _, _, lines = direction(lam, mu)
-    return _polish(cones, y, real, allowed, lam, mu, lines)
+    start = (jnp.zeros((), int), lam, mu, jnp.array(False), jnp.zeros_like(one), jnp.array(False))
+    _, lam, mu, _, kept, _ = jax.lax.while_loop(lambda s: ~s[-1] & (s[0] < _BARRIER), iterate, start)
+    _, _, lines = direction(lam, mu, False)
+    return _polish(cones, y, real, allowed, lam, mu, lines, kept)
 
 
 def lower_bound(x: Float[Array, " n"], y: Float[Array, " n"], multipliers: Float[Array, " n"]) -> Float[Array, ""]:
@@ -189,8 +194,12 @@ def lower_bound(x: Float[Array, " n"], y: Float[Array, " n"], multipliers: Float
     return jnp.sum(lam) / jnp.where(largest > 0, largest, jnp.inf)
 
 
-def _polish(cones: Cones, y, real, allowed, lam, mu, lines) -> Solution:
-    """Newton's method on h_c = 1 and q_i = 1 of the constraints that are active at the end of the barrier."""
+def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept) -> Solution:
+    """Newton's method on h_c = 1 and q_i = 1 of the constraints that are active at the end of the barrier.
+
+    Amplitudes start as they were in `kept`: 2μ/(1 − h²) has lost its digits by the end, and those that are not unique
+    would go astray.
+    """
     n = cones.x.shape[0]
     total = jnp.sum(lam)
     support = real & (lam**2 > _ACTIVE * mu * total / n)
@@ -200,6 +209,16 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines) -> Solution:
     amplitude, index = jax.lax.top_k(size, held)
     in_use = amplitude**2 > _ACTIVE * mu * total
     sign, cell = index // (2 * n), index % (2 * n)
+    amplitude = jnp.sqrt(jnp.sum(kept**2, axis=1))[sign, cell]
+    # On a ray whose point carries nothing both cells have one z. If it is off the ray, by however little, the cell that
+    # it points to has the larger h, and is the one in use.
+    z = cones.forces(lam * y)
+    place = cones.place(z)
+    h = jnp.sum(cones.project(z, place) ** 2, axis=1)
+    side = jnp.where(place[sign, cell] == 1, -1, 1).astype(cell.dtype)
+    beyond, ray = (cell + side) % (2 * n), jnp.where(side < 0, cell - 1, cell) % (2 * n)
+    larger = allowed[sign, beyond] & (h[sign, beyond] > h[sign, cell])
+    in_use &= ~((place[sign, cell] > 0) & larger & ~support[ray % n])
     pattern = cones.active(cell).astype(y.dtype) * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
 
     def unit(lam):
