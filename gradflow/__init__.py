@@ -20,6 +20,7 @@ from gradflow.loss import Loss as Loss
 from gradflow.network import ReluNetwork as ReluNetwork
 from gradflow.optimum import Optimum as Optimum
 from gradflow.optimum import max_margin as max_margin
+from gradflow.outcome import Entry as Entry
 from gradflow.outcome import Flow as Flow
 from gradflow.outcome import Path as Path
 from gradflow.outcome import Status as Status
@@ -28,6 +29,8 @@ from gradflow.piecewise import Piecewise as Piecewise
 from gradflow.piecewise import knots as knots
 from gradflow.piecewise import linear_regions as linear_regions
 from gradflow.piecewise import sign_changes as sign_changes
+from gradflow.record import Record as Record
+from gradflow.record import Verdict as Verdict
 from gradflow.statistics import Probability as Probability
 from gradflow.statistics import estimate_probability as estimate_probability
 from gradflow.study import Claim as Claim
@@ -39,9 +42,9 @@ from gradflow.study import summary as summary
 from gradflow.teacher import Teacher as Teacher
 from gradflow.teacher import max_switches as max_switches
 from gradflow.teacher import population_error as population_error
-from gradflow.trial import Record as Record
+from gradflow.theory import generalisation_bound as generalisation_bound
+from gradflow.theory import region_bound as region_bound
+from gradflow.theory import sufficient_width as sufficient_width
 from gradflow.trial import Trial as Trial
-from gradflow.trial import Verdict as Verdict
-from gradflow.trial import region_bound as region_bound
 
 __version__ = "0.1.0"

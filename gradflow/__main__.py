@@ -16,15 +16,17 @@ from gradflow.data import Dataset
 from gradflow.flow import integrate
 from gradflow.loss import LOSSES
 from gradflow.network import SCHEMES, ReluNetwork
+from gradflow.optimum import max_margin
 from gradflow.outcome import Flow, Until
 from gradflow.piecewise import knots, linear_regions
 from gradflow.plot import flow_figure, study_figure
 from gradflow.study import FILE, run_study, summary
-from gradflow.trial import SENSITIVITY, Trial
+from gradflow.trial import Trial
 
 TRIALS, QUICK_TRIALS = 384, 32
 SNAPSHOTS = 200
 DPI = 200
+MERGE, DROP = 0.01, 0.01  # of the effective region count before the limit: a share of the data's length, and of Σ|v w|
 FIGURES = (".png", ".pdf", ".svg")
 
 
@@ -77,31 +79,39 @@ def flow(arguments: argparse.Namespace) -> None:
     data = Dataset(points.x, points.y)
     key = jax.random.key(arguments.seed)
     net = ReluNetwork.random(key, arguments.width, arguments.scheme, arguments.scale)
-    until = Until(log_loss=arguments.log_loss)
+    until = Until() if arguments.log_loss is None else Until(log_loss=arguments.log_loss)
     loss = LOSSES[arguments.loss]()
     result = integrate(net, data, loss, until, save=SNAPSHOTS, max_steps=arguments.max_steps)
-    usual = Trial()
-    merge, drop = usual.merge * (float(jnp.ptp(data.x)) or 1.0), usual.drop
-    print(report(f"{arguments.points}: {described(points)}", data, result, merge, drop))
-    flow_figure(result, data, merge=merge, drop=drop).savefig(target, dpi=DPI)
+    print(report(f"{arguments.points}: {described(points)}", data, result))
+    flow_figure(result, data, merge=MERGE * _length(data), drop=DROP).savefig(target, dpi=DPI)
     print(f"figure   {target}")
 
 
-def report(title: str, data: Dataset, flow: Flow, merge: float, drop: float) -> str:
-    """One flow in words: the data, the outcome, and the function that was learned, with its effective knots."""
-    counts = [int(linear_regions(flow.final, merge * a, drop * b)) for a in SENSITIVITY for b in SENSITIVITY]
-    at = knots(flow.final, merge, drop)
+def _length(data: Dataset) -> float:
+    return float(jnp.ptp(data.x)) or 1.0
+
+
+def report(title: str, data: Dataset, flow: Flow) -> str:
+    """One flow in words: the data, the outcome, and the function that was learned: its limit, or else effectively."""
     correct, switches = int(jnp.sum(data.margins(flow.final) > 0)), int(data.switches)
-    return "\n".join(
-        [
-            title,
-            repr(flow),
-            f"  {correct} of {data.samples} points on their side, {switches} label switches among them",
-            f"  {len(at) + 1} effective linear regions ({min(counts)} to {max(counts)} over the tolerances), "
-            f"{max(switches, 1)} the least possible",
-            f"  knots at x = {', '.join(f'{x:.4g}' for x in at) or 'none'}",
-        ]
-    )
+    lines = [
+        title,
+        repr(flow),
+        f"  {correct} of {data.samples} points on their side, {switches} label switches among them",
+    ]
+    if flow.limit is not None and flow.limit.certified:
+        at, best = flow.limit.knots, max_margin(data)
+        lines.append(f"  margin of the limit over the largest possible: {best.value / flow.limit.value:.6g}\n{best}")
+    else:
+        scan = (10**-0.5, 1.0, 10**0.5)
+        counts = [int(linear_regions(flow.final, MERGE * a * _length(data), DROP * b)) for a in scan for b in scan]
+        at = knots(flow.final, MERGE * _length(data), DROP)
+        lines.append(
+            f"  {len(at) + 1} effective linear regions ({min(counts)} to {max(counts)} over tolerances half a decade "
+            f"up and down), {max(switches, 1)} the least possible"
+        )
+    lines.append(f"  knots at x = {', '.join(f'{x:.4g}' for x in at) or 'none'}")
+    return "\n".join(lines)
 
 
 class Points(NamedTuple):
@@ -217,7 +227,6 @@ TRIAL_OPTIONS = (
     "scheme",
     "scale",
     "loss",
-    "log_loss",
     "max_steps",
 )
 
@@ -246,14 +255,15 @@ def _parser() -> argparse.ArgumentParser:
     number(several, "--samples", int, trial.samples, "n, points in a sample")
     number(several, "--switches", _switches, trial.switches, "label switches of the teacher: a number, or any")
     number(several, "--min-run", float, trial.min_run, "least probability of a label run")
-    number(several, "--log-loss", float, trial.log_loss, "natural log of the mean loss to stop at")
     number(several, "--confidence", float, 0.99, "of the intervals")
     several.add_argument("--path", type=Path, help="folder of the dataset and the figure (default: one under runs/)")
 
     one = add(flow, "one flow on your own points: a report and a figure")
     one.add_argument("points", type=Path, help="text file with columns x,y and labels y = -1 or +1")
     number(one, "--seed", int, 0, "of the initial network")
-    one.add_argument("--log-loss", type=float, help="natural log of the mean loss to stop at (default: when settled)")
+    one.add_argument(
+        "--log-loss", type=float, help="natural log of the mean loss to stop at (default: when the limit is certified)"
+    )
     one.add_argument("--figure", type=Path, help="where to draw (default: named after the points, in this folder)")
 
     for verb in (several, one):

@@ -38,7 +38,7 @@ from gradflow.hybrid import FLOAT32_LOG_LOSS, Problem, State, misalignment
 from gradflow.limit import Candidate, Limit, LimitStatus, candidate, judged
 from gradflow.loss import Exponential, Loss
 from gradflow.network import ReluNetwork, is_concrete
-from gradflow.outcome import Flow, Path, Status, Until
+from gradflow.outcome import Entry, Flow, Path, Status, Until
 from gradflow.rosenbrock import Rodas4
 from gradflow.slow import no_split
 
@@ -56,7 +56,7 @@ def integrate(
     atol=1e-6,
     solver: diffrax.AbstractSolver | None = None,
     save: int | None = None,
-    max_steps=200_000,
+    max_steps: int | Array = 200_000,
 ) -> Flow:
     """Gradient flow on the mean loss, from `net`, on one dataset.
 
@@ -181,6 +181,9 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
             one,
             weights.log_loss,
             zero - jnp.inf,
+            zero,
+            zero - jnp.inf,
+            Entry(*jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), (zero, zero, net))),
             Status.running,
             count,
             count,
@@ -224,6 +227,8 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
         residual=misalignment(state.net, field.combine(state.net, weights.p)),
         drift=jnp.max(jnp.abs(state.net.balance - net.balance)) / scale,
         rise=state.rise,
+        fall=state.fall,
+        entry=state.entry,
         steps=state.accepted,
         rejected=state.rejected,
         events=state.events,
@@ -277,6 +282,7 @@ def limit(flow: Flow, data: Dataset, loss: Loss | None = None) -> Limit:
         return flow.limit
     # A flow that stopped before all points were classified is not followed any further in the hope that they will be.
     found = integrate(flow.final, data, loss, max_steps=jnp.where(flow.separated, 200_000, 1)).limit
+    assert found is not None  # as Until() asks for it
     return eqx.tree_at(
         lambda f: f.status, found, LimitStatus.where(flow.separated, found.status, LimitStatus.not_separated)
     )

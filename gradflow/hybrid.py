@@ -18,7 +18,7 @@ from gradflow.events import NODES, Tolerance, look_ahead, update
 from gradflow.lift import from_lines
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
-from gradflow.outcome import Path, Status, Until
+from gradflow.outcome import Entry, Path, Status, Until
 from gradflow.slow import Slow, forever
 
 _MARGIN = 1e-3  # error allowed in one step in a margin whose sample matters
@@ -43,6 +43,9 @@ class State(eqx.Module):
     pace: Float[Array, ""]  # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it
     log_loss: Float[Array, ""]
     rise: Float[Array, ""]  # of log L in one step, at most
+    smoothed: Float[Array, ""]  # γ̃ = ℓ⁻¹(nL)/ρ²
+    fall: Float[Array, ""]  # of γ̃ in one step of the late phase, over γ̃, at most
+    entry: Entry
     status: Status
     accepted: Int[Array, ""]
     rejected: Int[Array, ""]
@@ -117,6 +120,9 @@ class Problem(eqx.Module):
             state.pace,
             state.log_loss,
             state.rise,
+            state.smoothed,
+            state.fall,
+            state.entry,
             state.status,
             jnp.where(accept, state.accepted + 1, state.accepted),
             jnp.where(accept, state.rejected, state.rejected + 1),
@@ -221,10 +227,15 @@ class Problem(eqx.Module):
             status = Status.where(condition, outcome, status)
         slow = state.slow.after_step(weights.log_p, jnp.where(separated, 1, pace))
         rise = jnp.maximum(state.rise, weights.log_loss - state.log_loss)
+        smoothed = self.loss.inverse(weights.log_loss - self.log_separated + self.loss.log_at_zero) / rho**2
+        entered = ~jnp.isnan(state.entry.time)
+        fall = jnp.where(entered, jnp.maximum(state.fall, 1 - smoothed / state.smoothed), state.fall)
+        now = Entry(state.time, self.log_time(state.clock), state.net)
+        entry = jax.tree.map(lambda a, b: jnp.where(separated & ~entered, a, b), now, state.entry)
         return eqx.tree_at(
-            lambda s: (s.slow, s.pace, s.log_loss, s.rise, s.status),
+            lambda s: (s.slow, s.pace, s.log_loss, s.rise, s.smoothed, s.fall, s.entry, s.status),
             state,
-            (slow, pace, weights.log_loss, rise, status),
+            (slow, pace, weights.log_loss, rise, smoothed, fall, entry, status),
         )
 
     def record(self, path: Path, state: State, due) -> Path:

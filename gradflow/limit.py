@@ -71,6 +71,17 @@ class LimitStatus(eqx.Enumeration):
     )
 
 
+# The names of `LimitStatus` in the order of their codes in a record.
+LIMIT_STATUSES = (
+    "certified",
+    "certified_function",
+    "not_unique",
+    "not_separated",
+    "not_stationary",
+    "not_settled",
+)
+
+
 class Limit(eqx.Module):
     """A limit direction. `print(limit)` reports it in words; `limit.check()` raises if it is not certified.
 

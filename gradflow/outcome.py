@@ -130,6 +130,16 @@ class Path(eqx.Module):
         return Path(time, log_time, log_loss, margin, net, jnp.where(due, count + 1, count), stride)
 
 
+class Entry(eqx.Module):
+    """Where the late phase began: the first accepted step with mean loss below ℓ(0)/n, from which on all points are
+    classified. `time` τ, `log_time`, and `network` there; NaN if that was never reached.
+    """
+
+    time: Float[Array, ""]
+    log_time: Float[Array, ""]
+    network: ReluNetwork
+
+
 class Flow(eqx.Module):
     """The end of an integration. `print(flow)` reports it in words; `flow.check()` raises if it did not succeed.
 
@@ -141,6 +151,9 @@ class Flow(eqx.Module):
     - `residual`: tangent of the angle between θ and dθ/dτ, the relative KKT residual of θ for natural multipliers;
     - `drift`: max_j |Δ(v_j² − w_j² − b_j²)| since the start, over the final ‖θ‖²; 0 for the exact flow;
     - `rise`: the largest increase of log L in one step; ≤ 0 for the exact flow;
+    - `fall`: the largest relative decrease of the smoothed margin ℓ⁻¹(nL)/‖θ‖² in one step of the late phase; ≤ 0 for
+      the exact flow (Lyu and Li 2020), −inf without such steps;
+    - `entry`: where the late phase began;
     - `steps`, `rejected`: accepted and rejected step attempts;
     - `events`: how often a breakpoint crossed a data point, stuck to one or came off one;
     - `sliding` (k,): the data point that each neuron's breakpoint sticks to at the end, NaN for none;
@@ -158,6 +171,8 @@ class Flow(eqx.Module):
     residual: Float[Array, ""]
     drift: Float[Array, ""]
     rise: Float[Array, ""]
+    fall: Float[Array, ""]
+    entry: Entry
     steps: Int[Array, ""]
     rejected: Int[Array, ""]
     events: Int[Array, ""]

@@ -14,8 +14,9 @@ from matplotlib.scale import AsinhScale
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from gradflow.piecewise import Piecewise, knots
+from gradflow.record import Verdict
 from gradflow.study import claims as study_claims
-from gradflow.trial import Trial, Verdict
+from gradflow.trial import Trial
 
 BLACK, GREY = "#000000", "#767676"
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
@@ -145,31 +146,29 @@ def claims(ax: Axes, claims) -> list[Artist]:
 
 
 def regions(ax: Axes, dataset) -> list[Artist]:
-    """Histogram of the effective number of linear regions, as shares of *all* trials.
+    """Histogram of the linear regions of certified limits, counted exactly, as shares of *all* trials.
 
-    Bars: the count at the trial's tolerances. Lines: the smallest and the largest count over its sensitivity scan;
-    where they follow the bars, the tolerances do not matter. Unresolved trials have no bar, so what is missing to 100 %
-    is unresolved. A network with m sign changes needs at least m regions (one if m = 0): the dotted line.
+    What is missing to 100 % has no certified limit. Orange: those of the limits that are the global optimum. A network
+    with m sign changes needs at least m regions (one if m = 0): the dotted line, if all samples have one m.
     """
     total = dataset.sizes["trial"]
     resolved = np.asarray(dataset["regions_verdict"]) != Verdict.unresolved
-    count, fewest, most = (np.asarray(dataset[n])[resolved] for n in ("regions", "regions_low", "regions_high"))
-    floor = np.median(np.maximum(np.asarray(dataset["sample_switches"]), 1))
-    top = int(max(np.max(most, initial=1), floor)) + 1
+    count = np.asarray(dataset["regions"])[resolved]
+    best = np.asarray(dataset["optimum_verdict"])[resolved] == Verdict.holds
+    floors = np.unique(np.maximum(np.asarray(dataset["sample_switches"]), 1))
+    top = int(max(np.max(count, initial=1), np.max(floors))) + 1
     edges = np.arange(0.5, top + 1)
 
     def share(values):
         return np.histogram(values, edges)[0] / total
 
-    artists: list[Artist] = list(
-        ax.bar(edges[:-1] + 0.5, share(count), width=0.8, color=BLUE, alpha=0.75, label="regions")
-    )
-    for values, colour, style, name in ((fewest, GREEN, "-", "fewest"), (most, ORANGE, "--", "most")):
-        label = f"{name} over tolerances"
-        artists.append(ax.stairs(share(values), edges, color=colour, lw=1.3, ls=style, label=label))
-    artists.append(ax.axvline(floor, color=BLACK, lw=1.0, ls=":", label=f"least possible, m = {floor:g}"))
-    ax.set_xlim(max(0.5, min(floor, np.min(fewest, initial=top)) - 1.5), top + 0.5)
-    ax.set_xlabel("effective linear regions")
+    centres = edges[:-1] + 0.5
+    artists: list[Artist] = list(ax.bar(centres, share(count), width=0.8, color=BLUE, alpha=0.75, label="certified"))
+    artists += ax.bar(centres, share(count[best]), width=0.45, color=ORANGE, label="global optimum")
+    if floors.size == 1:
+        artists.append(ax.axvline(floors[0], color=BLACK, lw=1.0, ls=":", label=f"{floors[0]} label switches"))
+    ax.set_xlim(0.5, top + 0.5)
+    ax.set_xlabel("linear regions of the limit")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_ylim(0, 1.6 * (ax.get_ylim()[1] or 1.0))  # room for the legend
@@ -181,10 +180,11 @@ def regions(ax: Axes, dataset) -> list[Artist]:
 def population_error(ax: Axes, dataset) -> list[Artist]:
     """Share of *all* trials whose population error is at most x: the empirical distribution function, log x.
 
-    Unresolved trials are never counted as small, so the curve ends at the share of resolved ones. Dotted: 1/n, the
-    weight of one training point. Errors of exactly 0 enter at the left edge.
+    It is that of the limit. Trials without a certified one are never counted as small, so the curve ends at the share
+    of those with one. Dotted: 1/n, the weight of one training point. Errors of exactly 0 enter at the left edge.
     """
-    error, resolved = np.asarray(dataset["population_error"]), np.asarray(dataset["verdict"]) != Verdict.unresolved
+    error = np.asarray(dataset["population_error"])
+    resolved = np.asarray(dataset["regions_verdict"]) != Verdict.unresolved
     resolved = resolved & np.isfinite(error)
     samples = Trial.from_json(dataset.attrs["trial"]).samples
     positive = error[resolved & (error > 0)]
@@ -217,7 +217,7 @@ def study_figure(dataset, confidence: float = 0.99) -> Figure:
     population_error(right, dataset)
     trial = Trial.from_json(dataset.attrs["trial"])
     figure.suptitle(
-        f"{dataset.sizes['trial']} random trials: r = {trial.neurons} target neurons, width k = {trial.width}, "
+        f"{dataset.sizes['trial']} random trials: r = {trial.neurons} teacher neurons, width k = {trial.width}, "
         f"n = {trial.samples} samples",
         fontsize=10,
     )
@@ -227,7 +227,7 @@ def study_figure(dataset, confidence: float = 0.99) -> Figure:
 
 
 def flow_figure(flow, data, teacher=None, *, merge=0.0, drop=0.0) -> Figure:
-    """One flow at a glance: the final network, its breakpoints on their way, loss and margin.
+    """One flow at a glance: the certified limit or else the final network, breakpoints on their way, loss and margin.
 
     `merge` (units of x) and `drop` say which knots count, as in `linear_regions`. **Raises** `ValueError` for a flow
     without snapshots.
@@ -237,7 +237,10 @@ def flow_figure(flow, data, teacher=None, *, merge=0.0, drop=0.0) -> Figure:
     figure = Figure(figsize=SIZE, layout="constrained")
     grid = figure.add_gridspec(2, 2)
     top, left, right = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
-    function(top, flow.final, data, teacher, merge=merge, drop=drop)
+    if flow.limit is not None and bool(flow.limit.certified):
+        function(top, flow.limit.network, data, teacher, merge=flow.limit.resolution)
+    else:
+        function(top, flow.final, data, teacher, merge=merge, drop=drop)
     top.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     breakpoints(left, flow.path, data)
     convergence(right, flow.path)

@@ -210,15 +210,17 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept) -> Solution:
     in_use = amplitude**2 > _ACTIVE * mu * total
     sign, cell = index // (2 * n), index % (2 * n)
     amplitude = jnp.sqrt(jnp.sum(kept**2, axis=1))[sign, cell]
-    # On a ray whose point carries nothing both cells have one z. If it is off the ray, by however little, the cell that
-    # it points to has the larger h, and is the one in use.
+    # Across the ray that a projection is on lies a cell with the same z·t, as x̃_i ⊥ t. If its own z is off the ray, by
+    # however little, its h is larger and this one below 1: the neuron belongs there.
     z = cones.forces(lam * y)
     place = cones.place(z)
     h = jnp.sum(cones.project(z, place) ** 2, axis=1)
     side = jnp.where(place[sign, cell] == 1, -1, 1).astype(cell.dtype)
-    beyond, ray = (cell + side) % (2 * n), jnp.where(side < 0, cell - 1, cell) % (2 * n)
-    larger = allowed[sign, beyond] & (h[sign, beyond] > h[sign, cell])
-    in_use &= ~((place[sign, cell] > 0) & larger & ~support[ray % n])
+    beyond = (cell + side) % (2 * n)
+    goes = in_use & (place[sign, cell] > 0) & allowed[sign, beyond] & (h[sign, beyond] > h[sign, cell])
+    into = goes[None, :] & ((sign * 2 * n + beyond)[None, :] == index[:, None])
+    in_use = (in_use & ~goes) | jnp.any(into, axis=1)
+    amplitude = jnp.where(goes, 0, amplitude) + into.astype(y.dtype) @ amplitude
     pattern = cones.active(cell).astype(y.dtype) * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
 
     def unit(lam):

@@ -29,9 +29,12 @@ import jax.random as jr
 import numpy as np
 import xarray as xr
 
+from gradflow.limit import LIMIT_STATUSES
 from gradflow.outcome import STATUSES, Flow, Status
+from gradflow.record import Record, Verdict
 from gradflow.statistics import Probability, estimate_probability
-from gradflow.trial import Record, Trial, Verdict, record, region_bound
+from gradflow.theory import region_bound
+from gradflow.trial import Trial, record
 
 FILE = "study.nc"
 _CHECKPOINT = 60.0  # seconds between saves of an unfinished study
@@ -42,24 +45,38 @@ _BOOL = {0: "no", 1: "yes"}
 
 # name: dtype (of both file and memory; netCDF 3 has no wider integer), long name, meanings of the codes.
 _VARIABLES: dict[str, tuple[type, str, dict[int, str] | None]] = {
-    "verdict": (np.int8, "verdict on both claims", _VERDICTS),
+    "verdict": (np.int8, "verdict on accuracy and regions", _VERDICTS),
     "status": (np.int32, "how the flow ended", dict(enumerate(STATUSES))),
+    "limit_status": (np.int32, "what became of its limit", dict(enumerate(LIMIT_STATUSES))),
     "accuracy_verdict": (np.int8, "verdict on perfect training accuracy", _VERDICTS),
-    "regions_verdict": (np.int8, "verdict on at most 32 r + 67 effective regions", _VERDICTS),
+    "regions_verdict": (np.int8, "verdict on at most 32 r + 67 linear regions of the limit", _VERDICTS),
+    "optimum_verdict": (np.int8, "verdict on the limit being the global optimum", _VERDICTS),
     "switches": (np.int32, "label switches of the teacher on the whole line", None),
     "sample_switches": (np.int32, "label switches m in the sorted sample", None),
+    "covered_right": (np.int32, "least right-facing neurons of its sign in an interval of the teacher", None),
+    "covered_left": (np.int32, "least left-facing neurons of its sign in an interval of the teacher", None),
+    "survivors": (np.float64, "share of such neurons active on a point at entry of the late phase", None),
+    "entry_time": (np.float64, "rescaled time tau at entry of the late phase", None),
+    "entry_log_time": (np.float64, "natural log of physical time at entry of the late phase", None),
     "separated": (np.bool_, "whether the loss proves perfect training accuracy", _BOOL),
     "training_accuracy": (np.float64, "share of points with positive margin", None),
-    "regions": (np.int32, "effective linear regions (0: network not finite)", None),
-    "regions_low": (np.int32, "least regions over both tolerances within half a decade", None),
-    "regions_high": (np.int32, "most regions over both tolerances within half a decade", None),
-    "population_error": (np.float64, "probability of a wrong label", None),
+    "regions": (np.int32, "linear regions of the certified limit (0: none)", None),
+    "pinned": (np.int32, "knots of the limit on data points", None),
+    "crowded": (np.int32, "most knots of the limit in one run of equal labels", None),
+    "value": (np.float64, "half the squared norm of the limit at minimum margin 1", None),
+    "optimality": (np.float64, "margin of the limit over the largest possible", None),
+    "kkt": (np.float64, "relative KKT residual of the limit", None),
+    "optimum_proved": (np.bool_, "whether the largest possible margin is proved", _BOOL),
+    "population_error": (np.float64, "probability of a wrong label, of the limit or else the final network", None),
     "time": (np.float64, "rescaled time tau at the end", None),
     "log_time": (np.float64, "natural log of physical time at the end", None),
     "log_loss": (np.float64, "natural log of the mean loss at the end", None),
+    "law": (np.float64, "relative error of log time against its asymptotic law at the end", None),
     "margin": (np.float64, "normalised margin min_i q_i / rho^2 at the end", None),
     "residual": (np.float64, "tangent of the angle between theta and its velocity at the end", None),
     "drift": (np.float64, "largest drift of a balance v^2 - w^2 - b^2, over rho^2", None),
+    "rise": (np.float64, "largest increase of log loss in a step", None),
+    "fall": (np.float64, "largest relative decrease of the smoothed margin in a step of the late phase", None),
     "events": (np.int32, "crossings, slides and releases of breakpoints at points", None),
     "sliding": (np.int32, "neurons whose breakpoint sticks to a point at the end", None),
     "steps": (np.int32, "accepted steps", None),
@@ -93,10 +110,10 @@ def run_study(
 
     **Returns** a dataset with the fields of `Record` along `trial`.
 
-    **Raises** `ValueError`, before anything compiles, for bad counts or keys, a log-loss that needs float64, and a
+    **Raises** `ValueError`, before anything compiles, for bad counts or keys, in float32, and for a
     `path` that holds another study or a file that cannot be read. Trials never raise: they end with a status.
 
-    >>> trial = Trial(neurons=2, switches=1, width=32, samples=20, log_loss=-5)
+    >>> trial = Trial(neurons=2, switches=1, width=32, samples=20)
     >>> dataset = run_study(trial, key=jax.random.key(0), trials=64)  # doctest: +SKIP
     """
     trials = _positive("trials", trials)
@@ -310,20 +327,29 @@ class Claim(NamedTuple):
 
 
 def claims(dataset: xr.Dataset, confidence: float = 0.99) -> list[Claim]:
-    """The three claims that a study decides. Unresolved trials count against each; see `estimate_probability`."""
+    """The claims that a study decides. Unresolved trials count against each; see `estimate_probability`.
+
+    The last one is about the trials with a certified limit only, and left out if there are none: what training that
+    failed would have found, nobody can say.
+    """
     trial = Trial.from_json(dataset.attrs["trial"])
     bound = region_bound(trial.neurons)
-    regions = f"at log loss {trial.log_loss:g}; 32 r + 67 = {bound} is a reported bound"
+    regions = f"of the certified limit; 32 r + 67 = {bound} is a reported bound"
     if trial.width + 1 <= bound:
         regions += f", and vacuous: {trial.width} neurons have at most {trial.width + 1} regions"
+    certified = np.isin(dataset["limit_status"].values, (0, 1))
+    everywhere = np.ones_like(certified)
     rows = (
-        ("perfect training accuracy", "accuracy_verdict", "proved by the loss"),
-        ("at most 32r+67 effective regions", "regions_verdict", regions),
-        ("both: trial verdict", "verdict", ""),
+        ("perfect training accuracy", "accuracy_verdict", everywhere, "proved by the loss"),
+        ("at most 32r+67 linear regions", "regions_verdict", everywhere, regions),
+        ("both: trial verdict", "verdict", everywhere, ""),
+        ("limit is the global optimum", "optimum_verdict", certified, "among certified limits, to 1e-8 in the margin"),
     )
     found = []
-    for name, variable, note in rows:
-        codes = dataset[variable].values
+    for name, variable, over, note in rows:
+        codes = dataset[variable].values[over]
+        if not codes.size:
+            continue
         holds, fails, open_ = (
             int(np.sum(codes == v.value)) for v in (Verdict.holds, Verdict.fails, Verdict.unresolved)
         )
@@ -341,21 +367,23 @@ def summary(dataset: xr.Dataset, confidence: float = 0.99) -> str:
         lines.append(f"{name:<34}{p.estimate:>11.4f}  [{p.low:.4f}, {p.high:.4f}]  {holds:>8}{fails:>8}  {open_:>10}")
     lines += [f"  {claim.name}: {claim.note}" for claim in table if claim.note]
     status = dataset["status"].values
-    done = np.isin(status, [STATUSES.index("reached"), STATUSES.index("certified")])
+    certified = np.isin(dataset["limit_status"].values, (0, 1))
+    everywhere = np.ones_like(certified)
     lines += ["", f"{'':<34}{'median':>11}{'90 %':>11}  over"]
     for label, name, over in (
-        ("effective regions", "regions", done),
-        ("population error", "population_error", done),
-        ("log loss", "log_loss", np.ones_like(done)),
-        ("steps", "steps", np.ones_like(done)),
+        ("linear regions", "regions", certified),
+        ("margin over the best", "optimality", certified),
+        ("population error", "population_error", certified),
+        ("log loss at the end", "log_loss", certified),
+        ("step attempts", "steps", everywhere),
     ):
-        numbers = dataset[name].values[over]
-        numbers = numbers[np.isfinite(numbers)]
+        numbers = dataset[name].values + (dataset["rejected"].values if name == "steps" else 0)
+        numbers = numbers[over & np.isfinite(numbers)]
         median, high = np.quantile(numbers, (0.5, 0.9)) if numbers.size else (np.nan, np.nan)
-        which = "trials that met their log loss" if over is done else "trials"
+        which = "certified limits" if over is certified else "trials"
         lines.append(f"{label:<34}{median:>11.4g}{high:>11.4g}  {numbers.size} {which}")
     lines.append("")
     for code, count in zip(*np.unique(status, return_counts=True), strict=True):
-        lines.append(f"{count} x {STATUSES[code]}: {Status[getattr(Status, STATUSES[code])]}")
+        lines.append(f"{count} x {STATUSES[code].replace('_', ' ')}. {Status[getattr(Status, STATUSES[code])]}")
     lines.append(f"{dataset.sizes['trial']} trials in {float(dataset.attrs['seconds']):.1f} s")
     return "\n".join(lines)

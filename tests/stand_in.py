@@ -10,9 +10,10 @@ import pytest
 import xarray as xr
 
 from gradflow import study
-from gradflow.trial import Record, Trial
+from gradflow.record import Record
+from gradflow.trial import Trial
 
-QUICK = Trial(neurons=2, switches=1, width=32, samples=20, log_loss=-5, max_steps=2000)
+QUICK = Trial(neurons=2, switches=1, width=32, samples=20, max_steps=2000)
 KEY = jr.key(5)
 
 

@@ -113,7 +113,7 @@ def test_many_bad_lines_are_counted_not_listed(tmp_path):
         (("study", "--trials", "0"), "trials must be at least 1"),
         (("study", "--quick", "--trials", "5"), "not allowed with"),
         (("study", "--switches", "9"), "label switches"),
-        (("study", "--log-loss", "3"), "log_loss"),
+        (("study", "--log-loss", "-3"), "unrecognized"),
         (("study", "--confidence", "1"), "--confidence"),
         (("study", "--width", "many"), "invalid int"),
         (("study", "--tria", "5"), "unrecognized"),
@@ -168,6 +168,14 @@ def test_flow_reports_and_draws(tmp_path, monkeypatch, capsys, header):
     assert Path("points.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_flow_goes_to_the_certified_limit_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("points.csv").write_text("-0.5,-1\n0.25,1\n1,1\n")
+    code, out, err = run(capsys, "flow", "points.csv", "--width", 8, "--seed", 1)
+    assert code == 0, err
+    assert "Limit: Certified" in out and "Maximum margin" in out and "margin of the limit over the largest" in out
+
+
 def test_flow_draws_where_it_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("points.csv").write_text("-0.5,-1\n0.25,1\n1,1\n")
@@ -178,7 +186,7 @@ def test_flow_draws_where_it_is_told(tmp_path, monkeypatch, capsys):
     assert not Path("points.png").exists()
 
 
-SMALL = ("--neurons", 2, "--switches", 1, "--samples", 8, "--width", 8, "--log-loss", -4)
+SMALL = ("--neurons", 2, "--switches", 1, "--samples", 8, "--width", 8)
 
 
 def test_study_prints_claims_and_writes_dataset_and_figure(tmp_path, monkeypatch, capsys):

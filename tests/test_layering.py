@@ -15,7 +15,7 @@ PACKAGE = Path(gradflow.__file__).parent
 # A module may import from those before it.
 ORDER = (
     "network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock "
-    "program certificate limit outcome hybrid flow descent optimum theory trial statistics study plot __main__"
+    "program certificate limit outcome hybrid flow descent optimum theory record trial statistics study plot __main__"
 ).split()
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 ROOMS = {

@@ -14,8 +14,10 @@ from scipy.io import netcdf_file
 from stand_in import KEY, first, fresh, same, traces, trial  # noqa: F401 (fixtures)
 
 from gradflow import study
+from gradflow.outcome import STATUSES
+from gradflow.record import Record, Verdict
 from gradflow.study import load, run_study
-from gradflow.trial import STATUSES, Record, Trial, Verdict
+from gradflow.trial import Trial
 
 # Files
 
