@@ -79,16 +79,16 @@ def integrate(
     """
     loss = Exponential() if loss is None else loss
     until = Until() if until is None else until
-    solvers = (diffrax.Tsit5(scan_kind="lax"), Rodas4()) if solver is None else (_with_tolerances(solver, rtol, atol),)
     for name, value, kind, example in (
         ("net", net, ReluNetwork, "gradflow.ReluNetwork.random(key, width=32)"),
         ("data", data, Dataset, "gradflow.Dataset(x, y)"),
         ("loss", loss, Loss, "gradflow.Logistic()"),
         ("until", until, Until, "gradflow.Until(log_loss=-100.0)"),
-        ("solver", solvers[0], diffrax.AbstractSolver, "diffrax.Kvaerno5()"),
+        ("solver", diffrax.Tsit5() if solver is None else solver, diffrax.AbstractSolver, "diffrax.Kvaerno5()"),
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, such as {example}, got {value!r}")
+    solvers = (diffrax.Tsit5(scan_kind="lax"), Rodas4()) if solver is None else (_with_tolerances(solver, rtol, atol),)
     if net.w.ndim != 1 or data.x.ndim != 1:
         raise ValueError(
             f"integrate takes one network and one dataset, got weights of shape {net.w.shape} and points of shape "
