@@ -107,7 +107,7 @@ def main():
         report(results[-1], trials, title, time.perf_counter() - begun)
     all_ = np.all([r["certified"] for r in results], axis=0)
     values = np.array([r["value"] for r in results])
-    apart = np.ptp(values, axis=0) / values[0]
+    apart = np.ptp(values, axis=0) / np.where(all_, values[0], 1)
     print(f"certified in all three: {all_.sum()}, of which {np.sum(apart[all_] <= 1e-8)} have the same value to 1e-8")
     for i in np.flatnonzero(all_ & (apart > 1e-8)):
         print(f"    trial {trials[i]}: {values[:, i]}")

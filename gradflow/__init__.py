@@ -20,6 +20,7 @@ from gradflow.loss import Loss as Loss
 from gradflow.network import ReluNetwork as ReluNetwork
 from gradflow.optimum import Optimum as Optimum
 from gradflow.optimum import max_margin as max_margin
+from gradflow.outcome import STATUSES as STATUSES
 from gradflow.outcome import Entry as Entry
 from gradflow.outcome import Flow as Flow
 from gradflow.outcome import Path as Path

@@ -17,8 +17,8 @@ so as to end on the event; there the mode is decided anew with the velocities on
 nothing is stiff and the Jacobian is large, and where it has more parts than the stiff solver's linear algebra keeps.
 
 **Failure.** Training that fails does not stop either, it becomes ever slower, and may succeed after all. Such flows are
-followed on their own, slow time scale (`slow.py`): "stalled" means that they had not left a positive loss at t = e^496,
-or at 1/L of the loss that was asked for; or that all forces cancel to 1e-10.
+followed on their own, slow time scale (`slow.py`): "stalled" means that they had not left a positive loss by t = e^496,
+or by 1/L of the loss that was asked for; or that all forces cancel to 1e-10.
 
 **Errors.** A step's error is at most atol + rtol · size in every parameter and 1e-3 in every margin that matters, less
 where forces almost cancel; events are met to a fifth of rtol ‖u_j‖, and releases to 0.3 √rtol of the force, which

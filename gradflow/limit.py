@@ -103,7 +103,7 @@ class Limit(eqx.Module):
     status: LimitStatus
 
     @property
-    def certified(self) -> Bool[Array, ""]:
+    def certified(self) -> Bool[Array, "..."]:
         """Whether the status is `certified` or `certified_function`."""
         return (self.status == LimitStatus.certified) | (self.status == LimitStatus.certified_function)
 

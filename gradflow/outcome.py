@@ -61,7 +61,7 @@ _SETTLED = 0.3  # 1, 0.3, 0.1 and 0.02 give the same limits (`benchmarks/limits.
 class Until(eqx.Module):
     """When to stop: at the first accepted step at which any of these holds.
 
-    **Arguments** `time`: rescaled time τ (met exactly, but for flows that almost stand still, see `integrate`);
+    **Arguments** `time`: rescaled time τ (met exactly, but flows that almost stand still may pass it);
     `log_loss`: natural log of the mean loss, at or below; `norm`: ‖θ‖, at or above. With none of them, the flow stops
     when its limit is *certified* (`Limit`), in float64: first tried when the angle between θ and dθ/dτ has a tangent of
     at most `settled`, and then with ten times the ρ², again and again. The tangent is the relative KKT residual of θ
@@ -181,7 +181,7 @@ class Flow(eqx.Module):
     limit: Limit | None
 
     @property
-    def success(self) -> Bool[Array, ""]:
+    def success(self) -> Bool[Array, "..."]:
         """Whether the flow did what was asked: reached or certified."""
         return (self.status == Status.reached) | (self.status == Status.certified)
 

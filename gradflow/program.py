@@ -38,6 +38,8 @@ _SHRINK = 0.2  # of μ, once a Newton step was short
 _ACCURATE = 1e-12  # μ over the mean λ at which the active constraints are read off
 _PRECISE = 1e-8  # μ over the mean λ down to which amplitudes have their digits
 _PROXIMAL = 1e-7
+_RIDGE = 1e-13
+_ROUNDING = 1e-9  # of the amplitudes, up to which lines may be changed to make up for rounding
 
 
 def neurons_held(points: int) -> int:
@@ -260,10 +262,34 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept) -> Solution:
         change = jnp.where(jnp.all(jnp.isfinite(change)), change, 0)
         return lam + change[:n], amplitude + change[n:]
 
-    def measured(lam, amplitude):
+    def meet(g, t, free, amplitude, support):
+        """`g` (2, held) with the least change, relative to amplitudes, that puts the margins of `support` at 1.
+
+        Where points of different labels are close, λ are so large that rounding them turns z, and with it N.
+        """
+        # Directions that a line may change in: any inside its cell, along `t` on a ray.
+        first = jnp.where(free[None], jnp.array([1.0, 0], y.dtype)[:, None], t)
+        second = jnp.where(free[None], jnp.array([0, 1.0], y.dtype)[:, None], 0)
+        a = columns(first) * support[None, :].astype(y.dtype), columns(second) * support[None, :].astype(y.dtype)
+        gram = sum(part.T @ (amplitude[:, None] * part) for part in a)
+        scale = 1 / jnp.sqrt(jnp.where(support & (jnp.diag(gram) > 0), jnp.diag(gram), 1))
+        gram = scale[:, None] * gram * scale[None, :]
+        invert = solver_of_positive_definite(gram + jnp.diag(jnp.where(support, _RIDGE, 1)))
+
+        def correct(_, g):
+            lack = jnp.where(support, 1 - jnp.sum(columns(g), axis=0), 0)
+            pull = scale * invert(scale * lack)
+            change = amplitude * (a[0] @ pull), amplitude * (a[1] @ pull)
+            return g + first * change[0][None] + second * change[1][None]
+
+        return jax.lax.fori_loop(0, 3, correct, g)
+
+    def measured(lam, amplitude, support):
         """The solution, with unit vectors along P z and its residual as `Solution` has it."""
-        _, e, _, _ = unit(lam)
-        lines = jnp.zeros((2, 2, 2 * n), y.dtype).at[sign, :, cell].set((amplitude[None] * e).T)
+        _, e, place, _ = unit(lam)
+        exact = meet(amplitude[None] * e, e, place == 0, jnp.maximum(amplitude, 0), support)
+        small = jnp.max(jnp.abs(exact - amplitude[None] * e)) <= _ROUNDING * jnp.max(jnp.abs(amplitude))
+        lines = jnp.zeros((2, 2, 2 * n), y.dtype).at[sign, :, cell].set(jnp.where(small, exact, amplitude[None] * e).T)
         z = cones.forces(lam * y)
         every_h = jnp.sqrt(jnp.sum(cones.project(z, cones.place(z)) ** 2, axis=1))
         whole = jnp.sum(lam)
@@ -284,7 +310,7 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept) -> Solution:
         lam, amplitude = jax.lax.fori_loop(0, _POLISH, lambda _, s: step(s[0], s[1], support, in_use), (lam, amplitude))
         h, e, _, _ = unit(lam)
         q = columns(e).T @ amplitude
-        now = measured(lam, amplitude)
+        now = measured(lam, amplitude, support)
         better = now.residual < best.residual
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), now, best)
         worst = jnp.minimum(jnp.minimum(jnp.min(lam), jnp.min(amplitude)), -_CERTAIN * total)
@@ -292,7 +318,14 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept) -> Solution:
         in_use = (in_use & (amplitude > worst)) | (allowed[sign, cell] & (h > 1 + _CERTAIN))
         return round_ + 1, lam, amplitude, support, in_use, best
 
-    start = (jnp.zeros((), int), lam, amplitude, support, in_use, measured(lam, jnp.where(in_use, amplitude, 0)))
+    start = (
+        jnp.zeros((), int),
+        lam,
+        amplitude,
+        support,
+        in_use,
+        measured(lam, jnp.where(in_use, amplitude, 0), support),
+    )
     *_, best = jax.lax.while_loop(lambda s: (s[-1].residual > _CERTAIN) & (s[0] < _ROUNDS), correct, start)
     return best
 

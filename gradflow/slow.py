@@ -16,7 +16,8 @@ counted accordingly. Λ = −log ε so grows exponentially in the steps taken, a
 The split is made at the widest gap between the sorted weights, and only while the forces of S do cancel: R's forces
 add up to at most ε · max_i‖∂q_i‖, and so must all of them. Otherwise there is none.
 
-A flow whose β reaches `forever` is called stalled: at a physical time of e^β it had not left the minimisers of S.
+A flow whose β reaches `forever` is called stalled: by then, beyond a physical time of e^β, it had not left the
+minimisers of S.
 """
 
 import math
