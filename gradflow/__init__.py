@@ -34,6 +34,7 @@ from gradflow.record import Record as Record
 from gradflow.record import Verdict as Verdict
 from gradflow.statistics import Probability as Probability
 from gradflow.statistics import estimate_probability as estimate_probability
+from gradflow.statistics import sample_size as sample_size
 from gradflow.study import Claim as Claim
 from gradflow.study import claims as claims
 from gradflow.study import load as load

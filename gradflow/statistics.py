@@ -70,6 +70,33 @@ def estimate_probability(successes, resolved, confidence=0.99, *, unresolved=0) 
     return Probability(successes / trials, float(low), float(high), float(confidence))
 
 
+def sample_size(width, confidence=0.99) -> int:
+    """How many trials make the interval of `estimate_probability` no wider than `width`, whatever their outcome.
+
+    The interval is widest when half of the trials succeed, with none unresolved. An unresolved trial adds about 1/n.
+
+    **Raises** `ValueError` unless both arguments lie strictly between 0 and 1.
+
+    >>> sample_size(0.05)
+    2690
+    """
+    if not 0 < width < 1:
+        raise ValueError(f"width must lie strictly between 0 and 1, got {width}")
+
+    def enough(trials):
+        found = estimate_probability(trials // 2, trials, confidence)
+        return found.high - found.low <= width
+
+    high = 1
+    while not enough(high):
+        high *= 2
+    low = high // 2  # widths fall with the number of trials: by bisection
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
 def _count(name, value) -> int:
     try:
         count = operator.index(value)

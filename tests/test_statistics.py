@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from gradflow.statistics import Probability, estimate_probability
+from gradflow.statistics import Probability, estimate_probability, sample_size
 
 
 def tail_at_least(successes, trials, p: Fraction) -> Fraction:
@@ -128,3 +128,19 @@ def test_nonsense_is_refused(arguments, message):
 
 def test_prints_in_words():
     assert str(Probability(0.98, 0.91032, 0.99898, 0.99)) == "0.9800 [0.9103, 0.9990] at 99 %"
+
+
+@pytest.mark.parametrize(("width", "confidence"), [(0.5, 0.9), (0.2, 0.99), (0.1, 0.95), (0.05, 0.99)])
+def test_sample_size_is_the_least_that_is_enough_for_every_outcome(width, confidence):
+    def widest(trials):
+        found = [estimate_probability(s, trials, confidence) for s in range(trials + 1)]
+        return max(p.high - p.low for p in found)
+
+    n = sample_size(width, confidence)
+    assert widest(n) <= width < widest(n - 1)
+
+
+@pytest.mark.parametrize(("width", "confidence"), [(0.0, 0.9), (1.0, 0.9), (0.1, 1.0), (float("nan"), 0.9)])
+def test_sample_size_refuses_nonsense(width, confidence):
+    with pytest.raises(ValueError, match="strictly between"):
+        sample_size(width, confidence)
