@@ -218,6 +218,7 @@ def test_two_switches_cost_more_than_the_formula_with_a_free_line():
     assert best.proved and float(best.value) > best_value(data.x, data.y) * 1.001
 
 
+@pytest.mark.slow
 def test_optimum_by_vmap():
     datas = [draw(i)[1] for i in (0, 2)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *datas)

@@ -230,6 +230,7 @@ def test_real_study_is_finite_and_consistent():
     assert (dataset["switches"] == 1).all()
 
 
+@pytest.mark.slow
 def test_real_study_does_not_depend_on_batches():
     """Another batch size rounds differently: verdicts and counts are equal, numbers agree to 1e-4."""
     dataset, other = first(real(), 3), run_study(QUICK, key=KEY, trials=3, batch=3)
