@@ -4,7 +4,10 @@ Importing gradflow changes no JAX setting. Late training needs float64: call
 `jax.config.update("jax_enable_x64", True)` before making arrays (the command line does).
 """
 
+from gradflow.archive import load as load
+from gradflow.archive import studies as studies
 from gradflow.certificate import kkt_residual as kkt_residual
+from gradflow.claim import Claim as Claim
 from gradflow.data import Dataset as Dataset
 from gradflow.distribution import Distribution as Distribution
 from gradflow.distribution import Histogram as Histogram
@@ -32,15 +35,16 @@ from gradflow.piecewise import linear_regions as linear_regions
 from gradflow.piecewise import sign_changes as sign_changes
 from gradflow.record import Record as Record
 from gradflow.record import Verdict as Verdict
-from gradflow.statistics import Probability as Probability
+from gradflow.statistics import Estimate as Estimate
+from gradflow.statistics import confidence_sequence as confidence_sequence
 from gradflow.statistics import estimate_probability as estimate_probability
+from gradflow.statistics import estimate_quantile as estimate_quantile
 from gradflow.statistics import sample_size as sample_size
-from gradflow.study import Claim as Claim
-from gradflow.study import claims as claims
-from gradflow.study import load as load
 from gradflow.study import replay as replay
 from gradflow.study import run_study as run_study
-from gradflow.study import summary as summary
+from gradflow.study import run_sweep as run_sweep
+from gradflow.table import claims as claims
+from gradflow.table import summary as summary
 from gradflow.teacher import Teacher as Teacher
 from gradflow.teacher import max_switches as max_switches
 from gradflow.teacher import population_error as population_error

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import gradflow
+from gradflow.archive import FILE, SWEEP, studies
+from gradflow.claim import CONFIDENCE, DELTA
 from gradflow.data import Dataset
+from gradflow.design import around, thorough
 from gradflow.flow import integrate
 from gradflow.loss import LOSSES
 from gradflow.network import SCHEMES, ReluNetwork
@@ -20,10 +23,14 @@ from gradflow.optimum import max_margin
 from gradflow.outcome import Flow, Until
 from gradflow.piecewise import knots, linear_regions
 from gradflow.plot import flow_figure, study_figure
-from gradflow.study import FILE, run_study, summary
+from gradflow.study import run_study, run_sweep
+from gradflow.sweep_plot import sweep_figure
+from gradflow.table import summary
 from gradflow.trial import Trial
 
-TRIALS, QUICK_TRIALS = 384, 32
+SWEEPS = {"none": lambda trial: [trial], "around": around, "thorough": thorough}
+TRIALS = {"none": 384, "around": 64, "thorough": 288}  # in each cell
+QUICK_TRIALS = 32
 SNAPSHOTS = 200
 DPI = 200
 MERGE, DROP = 0.01, 0.01  # of the effective region count before the limit: a share of the data's length, and of Σ|v w|
@@ -51,21 +58,30 @@ def study(arguments: argparse.Namespace) -> None:
     trial = Trial(**{name: getattr(arguments, name) for name in TRIAL_OPTIONS})
     if not 0 < arguments.confidence < 1:
         raise ValueError(f"--confidence must lie strictly between 0 and 1, got {arguments.confidence}")
+    if not 0 < arguments.delta < 1:
+        raise ValueError(f"--delta must lie strictly between 0 and 1, got {arguments.delta}")
     directory = arguments.path or default_folder(trial, arguments.key)
-    with tqdm(total=arguments.trials, unit="trial", desc="compiling", disable=None) as bar:
+    cells = SWEEPS[arguments.sweep](trial)
+    trials = TRIALS[arguments.sweep] if arguments.trials is None else arguments.trials
+    with tqdm(total=trials * len(cells), unit="trial", desc="compiling", disable=None) as bar:
 
         def progress(done: int, counts) -> None:
             bar.set_description("trials", refresh=False)
             bar.set_postfix({str(name): int(count) for name, count in counts.items()}, refresh=False)
             bar.update(done - bar.n)
 
-        dataset = run_study(
-            trial, key=jax.random.key(arguments.key), trials=arguments.trials, path=directory, progress=progress
-        )
-    figure = directory / "study.png"
-    study_figure(dataset, arguments.confidence).savefig(figure, dpi=DPI)
-    print(summary(dataset, arguments.confidence))
-    print(f"\ndataset  {directory / FILE}\nfigure   {figure}")
+        key = jax.random.key(arguments.key)
+        if arguments.sweep == "none":
+            dataset, file = run_study(trial, key=key, trials=trials, path=directory, progress=progress), FILE
+        else:
+            dataset, file = run_sweep(cells, key=key, trials=trials, path=directory, progress=progress), SWEEP
+    figures = [directory / "study.png"]
+    study_figure(studies(dataset)[0], arguments.confidence, arguments.delta).savefig(figures[0], dpi=DPI)
+    if arguments.sweep != "none":
+        figures.append(directory / "sweep.png")
+        sweep_figure(dataset, arguments.confidence, arguments.delta).savefig(figures[1], dpi=DPI)
+    print(summary(dataset, arguments.confidence, arguments.delta))
+    print(f"\ndataset  {directory / file}\nfigures  {', '.join(map(str, figures))}")
 
 
 def flow(arguments: argparse.Namespace) -> None:
@@ -247,15 +263,22 @@ def _parser() -> argparse.ArgumentParser:
 
     several = add(study, "probabilities over random trials, with exact intervals, a dataset and a figure")
     count = several.add_mutually_exclusive_group()
-    number(count, "--trials", int, TRIALS, "number of trials")
-    quick = f"{QUICK_TRIALS} trials, to see it work"
-    count.add_argument("--quick", dest="trials", action="store_const", const=QUICK_TRIALS, help=quick)
+    defaults = ", ".join(f"{number} for {sweep}" for sweep, number in TRIALS.items())
+    count.add_argument("--trials", type=int, help=f"number of trials in each cell (default: {defaults})")
+    quick = f"{QUICK_TRIALS} trials of one cell, to see it work"
+    count.add_argument("--quick", action=_Preset, const=("none", QUICK_TRIALS), help=quick)
+    full = "the thorough sweep: every claim, over 10,000 trials, an hour on two cores"
+    count.add_argument("--full", action=_Preset, const=("thorough", None), help=full)
+    several.add_argument(
+        "--sweep", choices=SWEEPS, default="around", help="experiments around the one described" + default
+    )
     number(several, "--key", int, 0, "seed of all randomness; trial i depends on it and i only")
     number(several, "--neurons", int, trial.neurons, "r, neurons of the teacher")
     number(several, "--samples", int, trial.samples, "n, points in a sample")
     number(several, "--switches", _switches, trial.switches, "label switches of the teacher: a number, or any")
     number(several, "--min-run", float, trial.min_run, "least probability of a label run")
-    number(several, "--confidence", float, 0.99, "of the intervals")
+    number(several, "--confidence", float, CONFIDENCE, "of the intervals")
+    number(several, "--delta", float, DELTA, 'what "with high probability" means: 1 - delta')
     several.add_argument("--path", type=Path, help="folder of the dataset and the figure (default: one under runs/)")
 
     one = add(flow, "one flow on your own points: a report and a figure")
@@ -275,6 +298,16 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--loss", choices=LOSSES, default=trial.loss, help="loss of one margin" + default)
         number(verb, "--max-steps", int, trial.max_steps, "most step attempts of one flow")
     return parser
+
+
+class _Preset(argparse.Action):
+    """A flag that stands for a sweep and a number of trials."""
+
+    def __init__(self, option_strings, dest, **rest):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **rest)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.sweep, namespace.trials = self.const
 
 
 def _switches(text: str) -> int | None:

@@ -49,12 +49,12 @@ class Points(eqx.Module):
 
     def __init__(self, data: Dataset):
         order = jnp.argsort(data.x)
-        x, y = data.x[order], data.y[order]
+        x, y, real = data.x[order], data.y[order], data.real[order]
         n = x.shape[0]
         new = jnp.concatenate([jnp.ones((1,), bool), x[1:] != x[:-1]])
         slot = jnp.cumsum(new) - 1
         beyond = x[-1] + (1 + x[-1] - x[0])
-        count = jnp.zeros_like(x).at[slot].add(1)
+        count = jnp.zeros_like(x).at[slot].add(real.astype(x.dtype))
         first = jnp.zeros_like(x).at[slot].set(y)
         self.x = jnp.full_like(x, beyond).at[slot].set(x)
         self.y = jnp.where(count > 0, first, 1)

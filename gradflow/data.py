@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.network import ReluNetwork, is_concrete
 
@@ -12,7 +12,7 @@ class Dataset(eqx.Module):
     """n points x_i with labels y_i = ±1.
 
     **Arguments** `x`: (n,) finite numbers in any order; `y`: (n,) of −1 and +1. Repeated points are fine as long as
-    their labels agree.
+    their labels agree. `padded` makes room for one compilation to serve many n.
 
     **Raises** `ValueError` for wrong shapes, no data, values that are not finite, labels other than ±1, and equal
     points with opposite labels, which no classifier can fit; the message names the offending points. Inside jit, vmap
@@ -21,6 +21,7 @@ class Dataset(eqx.Module):
 
     x: Float[Array, " n"]
     y: Float[Array, " n"]
+    count: Int[Array, ""] | None  # how many of the points are data, None for all; the rest is padding
 
     def __init__(self, x, y):
         if is_concrete(x, y):
@@ -33,12 +34,27 @@ class Dataset(eqx.Module):
             raise ValueError(f"x and y must have one shape (n,), n >= 1; got {x.shape} and {y.shape}")
         if is_concrete(x) and not bool(jnp.isfinite(x).all()):
             raise ValueError(f"some points of x do not fit into {x.dtype}; enable jax_enable_x64 or rescale x")
-        self.x, self.y = x, y
+        self.x, self.y, self.count = x, y, None
 
     @property
-    def samples(self) -> int:
-        """Number of points n."""
-        return self.x.shape[-1]
+    def samples(self) -> int | Int[Array, ""]:
+        """Number of points n, without padding."""
+        return self.x.shape[-1] if self.count is None else self.count
+
+    @property
+    def real(self) -> Bool[Array, " n"]:
+        """Which entries are data and no padding."""
+        return jnp.arange(self.x.shape[0]) < self.samples
+
+    def padded(self, count: int | Int[Array, ""]) -> "Dataset":
+        """The first `count` points, which may be traced, in arrays of this size: the others repeat the first, and have
+        no part in the mean loss.
+        """
+        real = jnp.arange(self.x.shape[0]) < count
+        x, y = jnp.where(real, self.x, self.x[0]), jnp.where(real, self.y, self.y[0])
+        return eqx.tree_at(
+            lambda d: (d.x, d.y, d.count), self, (x, y, jnp.asarray(count)), is_leaf=lambda leaf: leaf is None
+        )
 
     @property
     def switches(self) -> Array:

@@ -140,7 +140,7 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
     cell = find_cell(net, points.x)
     mode = Mode(cell, jnp.full_like(cell, -1))
     zero, one, none = jnp.zeros((), dtype), jnp.ones((), dtype), jnp.zeros(cell.shape, bool)
-    rank = min(data.samples, 2 * (net.width + 1), _RANK)
+    rank = min(data.x.shape[0], 2 * (net.width + 1), _RANK)
 
     initial = Field(points, loss, mode, no_split(points.x), zero, rank)
     weights = initial.weights(net.lines)
@@ -157,7 +157,7 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
         rtol,
         atol,
         max_steps,
-        loss.log_separated(data.samples),
+        loss.log_separated(jnp.asarray(data.samples, dtype)),
         rank,
     )
     # Breakpoints that start on a point are decided like those that arrive there.
@@ -248,14 +248,17 @@ def _until_certified(problem: Problem, follow, state: State, path: Path | None, 
 
     def advance(carry):
         round_, state, path, before, _ = carry
+        wanted = goes_on(carry)  # in a batch, lanes that have ended come along, and should take no time
         goal = jnp.where(round_ == 0, jnp.inf, jnp.sqrt(10 * state.net.squared_norm))
         settled = jnp.where(round_ == 0, until.settled, -1)
-        state = eqx.tree_at(lambda s: s.status, state, Status.where(round_ == 0, state.status, Status.running))
+        running = Status.where((round_ == 0) | ~wanted, state.status, Status.running)
+        state = eqx.tree_at(lambda s: s.status, state, running)
         state, path = follow(
             eqx.tree_at(lambda p: (p.until.norm, p.until.settled), problem, (goal, settled)), state, path
         )
-        now = candidate(state.net, _sliding(state, problem.points), data)
         separated = state.log_loss < problem.log_separated
+        wanted &= separated & (state.status == Status.reached)
+        now = candidate(state.net, _sliding(state, problem.points), data, wanted)
         return round_ + 1, state, path, now, judged(before, now, separated, data)
 
     def goes_on(carry):

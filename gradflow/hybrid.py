@@ -64,7 +64,7 @@ class Problem(eqx.Module):
     rtol: Float[Array, ""]
     atol: Float[Array, ""]
     max_steps: Int[Array, ""]
-    log_separated: float = eqx.field(static=True)
+    log_separated: Float[Array, ""]
     rank: int = eqx.field(static=True)
 
     def field(self, state: State) -> Field:

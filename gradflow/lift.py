@@ -48,9 +48,13 @@ def from_lines(net: ReluNetwork, lines: Float[Array, "2 k"], balance: Float[Arra
     size = jnp.hypot(beta, 2 * length)
     positive = beta >= 0
     squared = jnp.where(positive, (beta + size) / 2, 2 * length * (length / jnp.where(positive, 1, size - beta)))
-    v = jnp.where(net.v < 0, -1, 1) * jnp.sqrt(squared)
+    far &= squared > 0  # a neuron that shrinks for ever ends below what g = v u can be in floating point
+    v = jnp.where(net.v < 0, -1, 1) * jnp.sqrt(jnp.where(far, squared, 1))
     total = net.v**2 + norm**2
-    epsilon = 0.5 * ((net.v - norm) * (net.v + norm) - balance) / jnp.where(total > 0, total, 1)
+    # Below it, the square that its derivative divides by is 0 in floating point.
+    vanishes = total <= 2 * jnp.sqrt(jnp.finfo(total.dtype).tiny)
+    epsilon = 0.5 * ((net.v - norm) * (net.v + norm) - balance) / jnp.where(vanishes, 1, total)
+    epsilon = jnp.where(vanishes, 0, epsilon)
     return ReluNetwork(
         jnp.where(far, g[0] / v, net.w * (1 + epsilon)),
         jnp.where(far, g[1] / v, net.b * (1 + epsilon)),

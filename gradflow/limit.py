@@ -154,7 +154,7 @@ class Candidate(eqx.Module):
     @classmethod
     def none(cls, data: Dataset) -> "Candidate":
         """Of the shapes that a state on `data` gives, and certified by nothing."""
-        blank, infinite = jnp.zeros((_width(data.samples),), data.x.dtype), jnp.full((), jnp.inf, data.x.dtype)
+        blank, infinite = jnp.zeros((_width(data.x.shape[0]),), data.x.dtype), jnp.full((), jnp.inf, data.x.dtype)
         return cls(ReluNetwork(blank, blank, blank), jnp.zeros_like(data.x), infinite, infinite)
 
 
@@ -214,17 +214,20 @@ def _rank(columns: Float[Array, "m k"]) -> Int[Array, ""]:
     return jax.lax.fori_loop(0, min(columns.shape), remove, (jnp.zeros((), int), columns))[0]
 
 
-def candidate(net: ReluNetwork, sliding: Float[Array, " k"], data: Dataset) -> Candidate:
-    """The limit that one state leads to; `sliding` as in `Flow`."""
+def candidate(net: ReluNetwork, sliding: Float[Array, " k"], data: Dataset, wanted: Bool[Array, ""]) -> Candidate:
+    """The limit that one state leads to, if it is `wanted`; `sliding` as in `Flow`."""
     points = Points(data)
-    first, *larger = (size for size in _SIZES if size < data.samples or size == _SIZES[0])
-    found = _candidate(net, sliding, data, points, first)
+    first, *larger = (size for size in _SIZES if size < data.x.shape[0] or size == _SIZES[0])
+    found = _candidate(net, sliding, data, points, first, wanted)
     for size in larger:
         # A loop, as `cond` would run under vmap for lanes that need it and lanes that do not.
         found = jax.lax.while_loop(
             lambda pair: pair[0] & ~(pair[1].residual <= CERTIFIED),
-            lambda _, size=size: (jnp.array(False), _candidate(net, sliding, data, points, size)),
-            (jnp.array(True), found),
+            lambda pair, size=size: (
+                jnp.array(False),
+                _candidate(net, sliding, data, points, size, pair[0] & ~(pair[1].residual <= CERTIFIED)),
+            ),
+            (wanted, found),
         )[1]
     return found
 
@@ -233,20 +236,25 @@ def _width(samples: int) -> int:
     return neurons_held(max(min(size, samples) for size in _SIZES) + 1)
 
 
-def _candidate(net: ReluNetwork, sliding, data: Dataset, points: Points, size: int) -> Candidate:
+def _candidate(net: ReluNetwork, sliding, data: Dataset, points: Points, size: int, wanted) -> Candidate:
     n = points.x.shape[0]
     real = points.log_count > -jnp.inf
     q = jnp.where(real, points.y * net(points.x), jnp.inf)
     raw = 0.5 * net.squared_norm / jnp.min(q)
     size = min(n, size)
 
+    def goes_on(state):
+        return state[2] & (state[0] < _EXCHANGES)
+
     def exchange(state):
         """Solve on `size` points, and say which to take next: those with multipliers, then the most violated."""
-        round_, rank, _, _ = state
+        round_, rank, *_ = state
         chosen = jnp.sort(jnp.argsort(rank)[:size])
         # One more point, right of all and without weight: the cones need two.
         x = jnp.append(points.x[chosen], 2 * points.x[chosen[-1]] - points.x[chosen[0]] + 1)
-        solution = _settle(x, jnp.append(points.y[chosen], 1.0), jnp.append(real[chosen], False), net, sliding)
+        solution = _settle(
+            x, jnp.append(points.y[chosen], 1.0), jnp.append(real[chosen], False), net, sliding, goes_on(state)
+        )
         found = solution.network()
         margins = jnp.where(real, points.y * found(points.x), jnp.inf)
         shares = jnp.zeros_like(points.x).at[chosen].set(jnp.where(real[chosen], solution.multipliers[:-1], 0))
@@ -258,31 +266,34 @@ def _candidate(net: ReluNetwork, sliding, data: Dataset, points: Points, size: i
 
     width = neurons_held(size + 1)
     blank = jnp.zeros((width,), points.x.dtype)
-    start = (jnp.zeros((), int), q, jnp.array(True), (ReluNetwork(blank, blank, blank), jnp.zeros_like(points.x)))
-    *_, (network, shares) = jax.lax.while_loop(lambda s: s[2] & (s[0] < _EXCHANGES), exchange, start)
-    network = jax.tree.map(lambda a: jnp.pad(a, (0, _width(data.samples) - width)), network)
+    start = (jnp.zeros((), int), q, wanted, (ReluNetwork(blank, blank, blank), jnp.zeros_like(points.x)))
+    *_, (network, shares) = jax.lax.while_loop(goes_on, exchange, start)
+    network = jax.tree.map(lambda a: jnp.pad(a, (0, _width(data.x.shape[0]) - width)), network)
     # Points that occur several times share their multiplier.
     shares = shares / jnp.where(real, jnp.exp(points.log_count), 1)
     order = jnp.argsort(data.x)
     sorted_x = data.x[order]
     slot = jnp.cumsum(jnp.concatenate([jnp.zeros((1,), int), (sorted_x[1:] != sorted_x[:-1]).astype(int)]))
-    multipliers = jnp.zeros_like(data.x).at[order].set(shares[slot])
+    multipliers = jnp.where(data.real, jnp.zeros_like(data.x).at[order].set(shares[slot]), 0)
     return Candidate(network, multipliers, kkt_residual(network, data, multipliers), raw)
 
 
-def _settle(x, y, real, net: ReluNetwork, sliding) -> Solution:
+def _settle(x, y, real, net: ReluNetwork, sliding, wanted) -> Solution:
     """The program on ascending points, with the cells of the state's neurons and all that they go on to."""
     cones = Cones(x)
 
+    def goes_on(state):
+        return state[2] & (state[0] < _ROUNDS)
+
     def more(state):
         round_, allowed, *_ = state
-        solution = solve(x, y, real, allowed)
+        solution = solve(x, y, real, allowed, goes_on(state))
         new = spread(cones, allowed, cones.forces(solution.multipliers * y))
         return round_ + 1, new, jnp.any(new != allowed), solution
 
     empty = Solution(jnp.zeros_like(x), jnp.zeros((2, 2, 2 * x.shape[0]), x.dtype), jnp.zeros((), x.dtype))
-    start = (jnp.zeros((), int), cells_of(net, sliding, x), jnp.array(True), empty)
-    *_, solution = jax.lax.while_loop(lambda s: s[2] & (s[0] < _ROUNDS), more, start)
+    start = (jnp.zeros((), int), cells_of(net, sliding, x), wanted, empty)
+    *_, solution = jax.lax.while_loop(goes_on, more, start)
     return solution
 
 

@@ -44,13 +44,13 @@ class Loss(eqx.Module):
         """p, the sample weights: non-negative, summing to one."""
         return jax.nn.softmax(self.log_weight(q))
 
-    def log_separated(self, samples: int) -> float:
+    def log_separated(self, samples) -> Float[Array, ""]:
         """log(ℓ(0)/n): below it the mean loss proves every margin positive, hence perfect training accuracy.
 
         If L < ℓ(0)/n then each ℓ(q_i) ≤ nL < ℓ(0), and ℓ decreases. Gradient flow never increases L, so the margins
         stay positive from then on: the late phase of Lyu and Li (2020).
         """
-        return float(self.log_at_zero) - math.log(samples)
+        return self.log_at_zero - jnp.log(samples)
 
     @property
     @abc.abstractmethod

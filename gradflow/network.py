@@ -84,14 +84,23 @@ class ReluNetwork(eqx.Module):
         return (hidden @ self.v).reshape(x.shape)
 
     @classmethod
-    def random(cls, key: PRNGKeyArray, width: int = 64, scheme: str = "balanced", scale: ArrayLike = 1.0, dtype=float):
+    def random(
+        cls,
+        key: PRNGKeyArray,
+        width: int | Array = 64,
+        scheme: str = "balanced",
+        scale: ArrayLike = 1.0,
+        dtype=float,
+        *,
+        slots: int | None = None,
+    ):
         """A random initialisation.
 
         **Arguments**
 
         - `key`: JAX random key. Neuron j depends on (`key`, j) only, so a wider network contains the narrower one
             (up to the factor of `"he"`, which depends on the width).
-        - `width`: k.
+        - `width`: k. With `slots` it may be traced.
         - `scheme`: the law of one neuron, before scaling:
             - `"balanced"`: (w, b) standard normal, v = ±‖(w, b)‖ with a fair sign, so that v² − w² − b² = 0;
             - `"gaussian"`: w, b, v independent standard normal;
@@ -99,19 +108,22 @@ class ReluNetwork(eqx.Module):
             - `"sphere"`: (w, b) uniform on the unit circle, v = ±1 with a fair sign; balanced too.
         - `scale`: multiplies every parameter, so N scales with `scale`². May be traced.
         - `dtype`: float dtype; the default follows JAX's `jax_enable_x64`.
+        - `slots`: pad with zero neurons, which change nothing, to this many: one compilation then serves many widths.
 
-        **Raises** `ValueError` for an unknown scheme or a width below 1.
+        **Raises** `ValueError` for an unknown scheme, a width below 1 or above `slots`.
         """
         if scheme not in SCHEMES:
             raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(map(repr, SCHEMES))}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        if is_concrete(width) and not 1 <= width <= (width if slots is None else slots):
+            raise ValueError(f"width must be at least 1{f' and at most {slots}' if slots else ''}, got {width}")
         if is_concrete(scale) and not (np.greater(scale, 0) and np.isfinite(scale)):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         dtype = jnp.result_type(dtype)
-        keys = jax.vmap(lambda j: jr.fold_in(key, j))(jnp.arange(width))
-        w, b, v = jax.vmap(lambda k: SCHEMES[scheme](k, width, dtype))(keys)
-        return cls(w, b, v).scaled(jnp.asarray(scale, dtype))
+        index = jnp.arange(width if slots is None else slots)
+        keys = jax.vmap(lambda j: jr.fold_in(key, j))(index)
+        real = jnp.asarray(width, dtype)
+        weights = jax.vmap(lambda k: SCHEMES[scheme](k, real, dtype))(keys)
+        return cls(*(jnp.where(index < width, a, 0) for a in weights)).scaled(jnp.asarray(scale, dtype))
 
 
 def _balanced(key, width, dtype):

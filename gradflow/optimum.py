@@ -138,25 +138,25 @@ def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Floa
     first, *larger = sorted({min(n, size) for size in _SIZES})
     width = neurons_held(max([first, *larger]) + 1)
 
-    def solved(size):
-        net, bound = _on_some(points, real, size)
+    def solved(size, wanted):
+        net, bound = _on_some(points, real, size, wanted)
         return jax.tree.map(lambda a: jnp.pad(a, (0, width - a.shape[0])), net), bound
 
     def open_(found):
         return ~(found[1] >= (1 - _EXACT) * 0.5 * found[0].squared_norm)
 
-    found = solved(first)
+    found = solved(first, jnp.array(True))
     for size in larger:
         # A loop, as `cond` would run under vmap for lanes that need it and lanes that do not.
         found = jax.lax.while_loop(
             lambda pair: pair[0] & open_(pair[1]),
-            lambda _, size=size: (jnp.array(False), solved(size)),
+            lambda pair, size=size: (jnp.array(False), solved(size, pair[0] & open_(pair[1]))),
             (jnp.array(True), found),
         )[1]
     return found
 
 
-def _on_some(points: Points, real: Bool[Array, " n"], size: int) -> tuple[ReluNetwork, Float[Array, ""]]:
+def _on_some(points: Points, real: Bool[Array, " n"], size: int, wanted) -> tuple[ReluNetwork, Float[Array, ""]]:
     """The program on `size` points at a time, with those exchanged that turn out to matter."""
     x, y = points.x, points.y
     n = x.shape[0]
@@ -170,13 +170,16 @@ def _on_some(points: Points, real: Bool[Array, " n"], size: int) -> tuple[ReluNe
     priority = jnp.where(border, float(n), spread)
     allowed = jnp.ones((2, 2 * (size + 1)), bool).at[:, size + 1].set(False)
 
+    def goes_on(state):
+        return state[2] & (state[0] < _EXCHANGES)
+
     def exchange(state):
         round_, priority, *_ = state
         chosen = jnp.sort(jax.lax.top_k(jnp.where(real, priority, -1), size)[1])
         # One more point, right of all and without weight: the cones need two.
         xs = jnp.append(x[chosen], 2 * x[chosen[-1]] - x[chosen[0]] + 1)
         ys, some = jnp.append(y[chosen], 1.0), jnp.append(real[chosen], False)
-        solution = solve(xs, ys, some, allowed)
+        solution = solve(xs, ys, some, allowed, goes_on(state))
         net = solution.network()
         q = jnp.where(real, y * net(x), jnp.inf)
         lam = jnp.zeros_like(x).at[chosen].set(solution.multipliers[:-1])
@@ -187,6 +190,6 @@ def _on_some(points: Points, real: Bool[Array, " n"], size: int) -> tuple[ReluNe
         return round_ + 1, priority, ~(least >= 1 - _EXACT) & (n > size), net, bound
 
     blank = jnp.zeros((neurons_held(size + 1),), x.dtype)
-    start = (jnp.zeros((), int), priority, jnp.array(True), ReluNetwork(blank, blank, blank), jnp.zeros((), x.dtype))
-    *_, net, bound = jax.lax.while_loop(lambda s: s[2] & (s[0] < _EXCHANGES), exchange, start)
+    start = (jnp.zeros((), int), priority, wanted, ReluNetwork(blank, blank, blank), jnp.zeros((), x.dtype))
+    *_, net, bound = jax.lax.while_loop(goes_on, exchange, start)
     return net, bound

@@ -13,14 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.scale import AsinhScale
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from gradflow.claim import CONFIDENCE, DELTA
 from gradflow.piecewise import Piecewise, knots
 from gradflow.record import Verdict
-from gradflow.study import claims as study_claims
+from gradflow.table import claims as study_claims
 from gradflow.trial import Trial
 
 BLACK, GREY = "#000000", "#767676"
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
-SIZE = (7.0, 5.0)  # inches
+VERDICTS = {"holds": BLUE, "contradicted": VERMILLION, "undecided": GREY}
+SIZE = (7.0, 6.0)  # inches
 LINEAR = 5.0  # how far from 0 a long axis of logs is about linear
 
 
@@ -119,29 +121,32 @@ def convergence(ax: Axes, path) -> list[Artist]:
 
 
 def claims(ax: Axes, claims) -> list[Artist]:
-    """One row a claim: the probability that it holds, with its exact interval, and the trials behind it.
+    """One row for each claim about a probability: what it is, with its exact interval, and the trials behind it.
 
-    A claim that cannot fail by construction says so in its `note`; it is drawn hollow.
+    Blue: holds; vermillion: contradicted; grey: undecided. A claim that cannot fail by construction says so in its
+    `note`; it is drawn hollow. Dotted: the probability that is asked for.
     """
+    claims = [claim for claim in claims if claim.asked.startswith(">=")]
     rows = np.arange(len(claims))[::-1]
     artists: list[Artist] = []
     for row, claim in zip(rows, claims, strict=True):
-        p = claim.probability
-        face = "white" if "vacuous" in claim.note else BLUE
+        p, colour = claim.measured, VERDICTS[claim.verdict]
+        face = "white" if "vacuous" in claim.note else colour
         reach = [[p.estimate - p.low], [p.high - p.estimate]]
-        bar = ax.errorbar(p.estimate, row, xerr=reach, fmt="o", ms=5, mfc=face, color=BLUE, capsize=3, elinewidth=1.6)
+        bar = ax.errorbar(p.estimate, row, xerr=reach, fmt="o", ms=5, mfc=face, color=colour, capsize=3, elinewidth=1.6)
         artists += bar.get_children()
+        artists += ax.plot(2 * [float(claim.asked[2:])], [row - 0.35, row + 0.35], color=BLACK, lw=1.0, ls=":")
         number = f"{p.estimate:.3f}  [{p.low:.3f}, {p.high:.3f}]"
         artists.append(ax.text(1.02, row, number, transform=ax.get_yaxis_transform(), va="center", fontsize=8))
     names = [f"{c.name}{' (vacuous)' if 'vacuous' in c.note else ''}\n{_counts(c)}" for c in claims]
     ax.set_yticks(rows, names)
     ax.set_ylim(-0.6, len(claims) - 0.4)
     # From the next tenth below the widest interval: probabilities near 1 are the interesting ones.
-    left = max(0.0, np.floor(10 * min(c.probability.low for c in claims) - 0.2) / 10)
+    left = max(0.0, np.floor(10 * min(c.measured.low for c in claims) - 0.2) / 10)
     ax.set_xlim(left, 1 + 0.02 * (1 - left))
     ax.grid(axis="x", color="0.9", lw=0.6)
     ax.set_axisbelow(True)
-    ax.set_xlabel(f"probability, with its exact {claims[0].probability.confidence:.0%} interval")
+    ax.set_xlabel(f"probability, with its exact {claims[0].measured.confidence:.0%} interval")
     return artists
 
 
@@ -206,13 +211,13 @@ def population_error(ax: Axes, dataset) -> list[Artist]:
     return artists
 
 
-def study_figure(dataset, confidence: float = 0.99) -> Figure:
+def study_figure(dataset, confidence: float = CONFIDENCE, delta: float = DELTA) -> Figure:
     """A study at a glance: the claims, the regions, the population error."""
     figure = Figure(figsize=SIZE, layout="constrained")
     # Two subfigures, so that the long names of the claims do not squeeze the panels below.
-    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.8, 1.0], hspace=0.04)[:, 0]
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.3, 1.0], hspace=0.04)[:, 0]
     top, (left, right) = upper.subplots(), lower.subplots(1, 2)
-    claims(top, study_claims(dataset, confidence))
+    claims(top, study_claims(dataset, confidence, delta))
     regions(left, dataset)
     population_error(right, dataset)
     trial = Trial.from_json(dataset.attrs["trial"])
@@ -222,7 +227,7 @@ def study_figure(dataset, confidence: float = 0.99) -> Figure:
         fontsize=10,
     )
     for ax, letter in ((top, "a"), (left, "b"), (right, "c")):
-        _finish(ax, letter)
+        finish(ax, letter)
     return figure
 
 
@@ -245,7 +250,7 @@ def flow_figure(flow, data, teacher=None, *, merge=0.0, drop=0.0) -> Figure:
     breakpoints(left, flow.path, data)
     convergence(right, flow.path)
     for ax, letter in ((top, "a"), (left, "b"), (right, "c")):
-        _finish(ax, letter)
+        finish(ax, letter)
     return figure
 
 
@@ -324,7 +329,7 @@ def _share_label(resolved: np.ndarray, what: str = "") -> str:
     return f"{label}\n({missing} of {resolved.size} unresolved)" if missing else label
 
 
-def _finish(ax: Axes, letter: str) -> None:
+def finish(ax: Axes, letter: str) -> None:
     """Sizes for a column's width, no frame where there is no scale, and the panel's letter."""
     for part in (ax, *(other for other in ax.figure.axes if other is not ax and other.bbox.bounds == ax.bbox.bounds)):
         part.tick_params(labelsize=8)

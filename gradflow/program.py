@@ -122,9 +122,16 @@ def _cross(a, b):
 
 
 def solve(
-    x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, " n"], allowed: Bool[Array, "2 cells"]
+    x: Float[Array, " n"],
+    y: Float[Array, " n"],
+    real: Bool[Array, " n"],
+    allowed: Bool[Array, "2 cells"],
+    wanted: Bool[Array, ""],
 ) -> Solution:
-    """Solve the program on ascending points, n ≥ 2; those that are not `real` have λ = 0."""
+    """Solve the program on ascending points, n ≥ 2; those that are not `real` have λ = 0.
+
+    Where it is not `wanted` nothing is done: a batch waits for its slowest lane, and for finished ones in vain.
+    """
     cones = Cones(x)
     real_ = real.astype(x.dtype)
 
@@ -182,10 +189,10 @@ def solve(
     largest = jnp.sqrt(jnp.max(jnp.where(allowed, jnp.sum(cones.project(one, place) ** 2, axis=1), 0)))
     lam = real_ * 0.3 / jnp.where(largest > 0, largest, 1)
     mu = _CENTRE * jnp.max(lam)
-    start = (jnp.zeros((), int), lam, mu, jnp.array(False), jnp.zeros_like(one), jnp.array(False))
+    start = (jnp.zeros((), int), lam, mu, jnp.array(False), jnp.zeros_like(one), ~wanted)
     _, lam, mu, _, kept, _ = jax.lax.while_loop(lambda s: ~s[-1] & (s[0] < _BARRIER), iterate, start)
     _, _, lines = direction(lam, mu, False)
-    return _polish(cones, y, real, allowed, lam, mu, lines, kept)
+    return _polish(cones, y, real, allowed, lam, mu, lines, kept, wanted)
 
 
 def lower_bound(x: Float[Array, " n"], y: Float[Array, " n"], multipliers: Float[Array, " n"]) -> Float[Array, ""]:
@@ -196,7 +203,7 @@ def lower_bound(x: Float[Array, " n"], y: Float[Array, " n"], multipliers: Float
     return jnp.sum(lam) / jnp.where(largest > 0, largest, jnp.inf)
 
 
-def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept) -> Solution:
+def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, wanted) -> Solution:
     """Newton's method on h_c = 1 and q_i = 1 of the constraints that are active at the end of the barrier.
 
     Amplitudes start as they were in `kept`: 2μ/(1 − h²) has lost its digits by the end, and those that are not unique
@@ -326,7 +333,7 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept) -> Solution:
         in_use,
         measured(lam, jnp.where(in_use, amplitude, 0), support),
     )
-    *_, best = jax.lax.while_loop(lambda s: (s[-1].residual > _CERTAIN) & (s[0] < _ROUNDS), correct, start)
+    *_, best = jax.lax.while_loop(lambda s: wanted & (s[-1].residual > _CERTAIN) & (s[0] < _ROUNDS), correct, start)
     return best
 
 

@@ -40,7 +40,7 @@ class Record(NamedTuple):
 
     - `verdict`, `accuracy_verdict`, `regions_verdict`, `optimum_verdict`: codes of `Verdict`;
     - `status`: how the flow ended, an index into `STATUSES`; `limit_status`: one into `LIMIT_STATUSES`;
-    - `switches`: of the teacher, on the whole line; `sample_switches`: m, in the sorted sample;
+    - `teacher_switches`: of the teacher, on the whole line; `sample_switches`: m, in the sorted sample;
     - `covered_right`, `covered_left`: the smallest number of initial neurons, by the way they face, in an interval of
       constant sign of the teacher and with that sign of v; `survivors`: the share of all such neurons that are active
       on some point when the late phase begins, at `entry_time` τ and `entry_log_time` (NaN if it never did);
@@ -60,7 +60,7 @@ class Record(NamedTuple):
     accuracy_verdict: Int[Array, ""]
     regions_verdict: Int[Array, ""]
     optimum_verdict: Int[Array, ""]
-    switches: Int[Array, ""]
+    teacher_switches: Int[Array, ""]
     sample_switches: Int[Array, ""]
     covered_right: Int[Array, ""]
     covered_left: Int[Array, ""]
@@ -92,7 +92,7 @@ class Record(NamedTuple):
     rejected: Int[Array, ""]
 
 
-def judge(neurons: int, law: Distribution, teacher: Teacher, data: Dataset, net: ReluNetwork, flow: Flow) -> Record:
+def judge(neurons, law: Distribution, teacher: Teacher, data: Dataset, net: ReluNetwork, flow: Flow) -> Record:
     """The record of a trial from its initial network and its flow, which must have sought its limit; r = `neurons`."""
     limit, best = flow.limit, max_margin(data)
     assert limit is not None
@@ -120,7 +120,7 @@ def judge(neurons: int, law: Distribution, teacher: Teacher, data: Dataset, net:
         accuracy_verdict=accuracy,
         regions_verdict=regions_verdict,
         optimum_verdict=optimum,
-        switches=jnp.sum(jnp.isfinite(teacher.switches)),
+        teacher_switches=jnp.sum(jnp.isfinite(teacher.switches)),
         sample_switches=data.switches,
         covered_right=right,
         covered_left=left,
@@ -128,7 +128,7 @@ def judge(neurons: int, law: Distribution, teacher: Teacher, data: Dataset, net:
         entry_time=flow.entry.time,
         entry_log_time=flow.entry.log_time,
         separated=flow.separated,
-        training_accuracy=jnp.mean((data.margins(flow.final) > 0).astype(flow.margin.dtype)),
+        training_accuracy=jnp.sum(data.real & (data.margins(flow.final) > 0)) / data.samples,
         regions=of_limit(regions),
         pinned=of_limit(pinned),
         crowded=of_limit(crowded),

@@ -1,27 +1,24 @@
-"""Many trials: run in batches, kept in one labelled dataset, and resumed where they stopped.
+"""Many trials: run in batches, kept in a labelled dataset, and resumed where they stopped.
 
 Trial i depends on the study's key and i only, so the first n of 2n trials are the n trials of a smaller study, whatever
 the batches, threads or interruptions: its verdicts are equal, and its numbers to the integration tolerance (a batch of
 another size rounds differently). The number of trials is fixed beforehand. Stopping when the numbers look right would
-spoil the intervals.
+spoil the intervals, except that of `confidence_sequence`.
 
-The result is a plain `xarray.Dataset` along the dimension `trial`, stamped with all it takes to run it again. Its
-attributes `trial`, `key` and `versions` are JSON.
+A *sweep* is several studies, its cells, along one more dimension. A cell's key depends on the sweep's key and on what
+the cell is, so cells are independent of each other, and adding some does not change the others. Cells of one loss and
+one kind of input law share compiled programs, padded to the largest sizes among them.
 """
 
-import datetime
+import dataclasses
 import functools
-import importlib.metadata
-import io
-import json
+import hashlib
 import operator
 import os
 import pathlib
-import platform
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 
 import jax
 import jax.numpy as jnp
@@ -29,59 +26,27 @@ import jax.random as jr
 import numpy as np
 import xarray as xr
 
-from gradflow.limit import LIMIT_STATUSES
-from gradflow.outcome import STATUSES, Flow, Status
+from gradflow.archive import (
+    FILE,
+    SWEEP,
+    VARIABLES,
+    assemble,
+    gathered,
+    key_from_json,
+    previous,
+    provenance,
+    save,
+    studies,
+    write,
+)
+from gradflow.outcome import Flow
 from gradflow.record import Record, Verdict
-from gradflow.statistics import Probability, estimate_probability
-from gradflow.theory import region_bound
-from gradflow.trial import Trial, record
+from gradflow.trial import Slots, Trial, draw, measure
 
-FILE = "study.nc"
 _CHECKPOINT = 60.0  # seconds between saves of an unfinished study
 _CPU_BATCH, _DEVICE_BATCH = 4, 1024
-_ATTRIBUTES = {"trial", "key", "versions", "backend", "dtype", "created", "seconds", "history"}
-_VERDICTS = {verdict.value: verdict.name for verdict in Verdict}
-_BOOL = {0: "no", 1: "yes"}
 
-# name: dtype (of both file and memory; netCDF 3 has no wider integer), long name, meanings of the codes.
-_VARIABLES: dict[str, tuple[type, str, dict[int, str] | None]] = {
-    "verdict": (np.int8, "verdict on accuracy and regions", _VERDICTS),
-    "status": (np.int32, "how the flow ended", dict(enumerate(STATUSES))),
-    "limit_status": (np.int32, "what became of its limit", dict(enumerate(LIMIT_STATUSES))),
-    "accuracy_verdict": (np.int8, "verdict on perfect training accuracy", _VERDICTS),
-    "regions_verdict": (np.int8, "verdict on at most 32 r + 67 linear regions of the limit", _VERDICTS),
-    "optimum_verdict": (np.int8, "verdict on the limit being the global optimum", _VERDICTS),
-    "switches": (np.int32, "label switches of the teacher on the whole line", None),
-    "sample_switches": (np.int32, "label switches m in the sorted sample", None),
-    "covered_right": (np.int32, "least right-facing neurons of its sign in an interval of the teacher", None),
-    "covered_left": (np.int32, "least left-facing neurons of its sign in an interval of the teacher", None),
-    "survivors": (np.float64, "share of such neurons active on a point at entry of the late phase", None),
-    "entry_time": (np.float64, "rescaled time tau at entry of the late phase", None),
-    "entry_log_time": (np.float64, "natural log of physical time at entry of the late phase", None),
-    "separated": (np.bool_, "whether the loss proves perfect training accuracy", _BOOL),
-    "training_accuracy": (np.float64, "share of points with positive margin", None),
-    "regions": (np.int32, "linear regions of the certified limit (0: none)", None),
-    "pinned": (np.int32, "knots of the limit on data points", None),
-    "crowded": (np.int32, "most knots of the limit in one run of equal labels", None),
-    "value": (np.float64, "half the squared norm of the limit at minimum margin 1", None),
-    "optimality": (np.float64, "margin of the limit over the largest possible", None),
-    "kkt": (np.float64, "relative KKT residual of the limit", None),
-    "optimum_proved": (np.bool_, "whether the largest possible margin is proved", _BOOL),
-    "population_error": (np.float64, "probability of a wrong label, of the limit or else the final network", None),
-    "time": (np.float64, "rescaled time tau at the end", None),
-    "log_time": (np.float64, "natural log of physical time at the end", None),
-    "log_loss": (np.float64, "natural log of the mean loss at the end", None),
-    "law": (np.float64, "relative error of log time against its asymptotic law at the end", None),
-    "margin": (np.float64, "normalised margin min_i q_i / rho^2 at the end", None),
-    "residual": (np.float64, "tangent of the angle between theta and its velocity at the end", None),
-    "drift": (np.float64, "largest drift of a balance v^2 - w^2 - b^2, over rho^2", None),
-    "rise": (np.float64, "largest increase of log loss in a step", None),
-    "fall": (np.float64, "largest relative decrease of the smoothed margin in a step of the late phase", None),
-    "events": (np.int32, "crossings, slides and releases of breakpoints at points", None),
-    "sliding": (np.int32, "neurons whose breakpoint sticks to a point at the end", None),
-    "steps": (np.int32, "accepted steps", None),
-    "rejected": (np.int32, "rejected step attempts", None),
-}
+Progress = Callable[[int, dict[str, int]], None]
 
 
 def run_study(
@@ -91,7 +56,7 @@ def run_study(
     trials,
     path: str | os.PathLike | None = None,
     batch=None,
-    progress: Callable[[int, dict[str, int]], None] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """Run `trials` independent trials.
 
@@ -116,113 +81,228 @@ def run_study(
     >>> trial = Trial(neurons=2, switches=1, width=32, samples=20)
     >>> dataset = run_study(trial, key=jax.random.key(0), trials=64)  # doctest: +SKIP
     """
+    file = None if path is None else pathlib.Path(path) / FILE
+    (dataset,) = _run([(trial, _checked(key), file)], trials, batch, progress)
+    return dataset
+
+
+def run_sweep(
+    cells: Iterable[Trial],
+    *,
+    key,
+    trials,
+    path: str | os.PathLike | None = None,
+    batch=None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Run `trials` independent trials of each of several experiments.
+
+    **Arguments** as in `run_study`, and
+
+    - `cells`: the experiments, all different;
+    - `path`: a directory to keep the sweep in: each cell as a study in a folder of its own, so that cells can be added
+      and what is there is never run again, and all of it as `sweep.nc`.
+
+    **Returns** a dataset with the fields of `Record` along `cell` and `trial`, and what the cells are as coordinates of
+    `cell`: `dataset.set_index(cell=["width", "samples"]).unstack("cell")` lays them out as a grid.
+
+    **Raises** as `run_study` does, and `ValueError` for no cells and for equal ones.
+
+    >>> cells = [Trial(width=k, samples=n) for k in (8, 16, 32) for n in (25, 50)]
+    >>> dataset = run_sweep(cells, key=jax.random.key(0), trials=64)  # doctest: +SKIP
+    """
+    cells, key = list(cells), _checked(key)
+    if not cells or len(set(cells)) < len(cells):
+        raise ValueError(f"a sweep takes at least one cell, and no two that are equal; got {len(cells)}")
+    folder = None if path is None else pathlib.Path(path)
+    work = []
+    for trial in cells:
+        name = hashlib.sha256(trial.to_json().encode()).hexdigest()[:8]
+        file = None if folder is None else folder / f"cell-{name}" / FILE
+        work.append((trial, jr.fold_in(key, int(name, 16)), file))
+    sweep = gathered(_run(work, trials, batch, progress), key)
+    if folder is not None:
+        write(sweep, folder / SWEEP)
+    return sweep
+
+
+def replay(dataset: xr.Dataset, trial) -> Flow:
+    """The trial that carries the number `trial` in `dataset`, run again as a `Flow` with 200 snapshots of its path.
+
+    A cell of a sweep is a study: `replay(sweep.isel(cell=3), 17)`.
+
+    **Raises** `ValueError` for a number that is not in the dataset, a sweep of several cells, and if JAX's float dtype
+    is not the study's.
+    """
+    if len(cells := studies(dataset)) != 1:
+        raise ValueError("this is a sweep: take one of its cells, such as sweep.isel(cell=0)")
+    (dataset,) = cells
+    if trial not in dataset.indexes["trial"]:
+        raise ValueError(f"there is no trial {trial} in a dataset of {dataset.sizes['trial']} trials")
+    dtype = str(jnp.result_type(float))
+    if dataset.attrs["dtype"] != dtype:
+        raise ValueError(
+            f"this study was run in {dataset.attrs['dtype']} and JAX is set to {dtype}: see jax_enable_x64"
+        )
+    key = jr.fold_in(key_from_json(dataset.attrs["key"]), trial)
+    return Trial.from_json(dataset.attrs["trial"]).flow(key, save=200)
+
+
+@dataclasses.dataclass
+class _Cell:
+    """One study under way: what it was, if anything, and its finished batches by their first trial."""
+
+    trial: Trial
+    key: jax.Array
+    file: pathlib.Path | None
+    old: xr.Dataset | None
+    stamp: dict[str, str]
+    parts: dict[int, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    busy: float = 0.0  # seconds of threads
+    saved: int = 0
+
+    def dataset(self, seconds: float) -> xr.Dataset:
+        return assemble(self.parts, self.stamp, self.old, seconds)
+
+    def save(self, seconds: float) -> None:
+        if self.file is not None and 0 in self.parts and len(self.parts) > self.saved:
+            save(self.dataset(seconds), self.file)
+            self.saved = len(self.parts)
+
+
+def _run(
+    work: Sequence[tuple[Trial, jax.Array, pathlib.Path | None]], trials, batch, progress: Progress | None
+) -> list[xr.Dataset]:
+    """The studies of several cells (trial, key, file)."""
     trials = _positive("trials", trials)
     on_cpu = jax.default_backend() == "cpu"
     batch = min(trials, _CPU_BATCH if on_cpu else _DEVICE_BATCH) if batch is None else _positive("batch", batch)
-    values, key = trial.values, _checked(key)
-    file = None if path is None else pathlib.Path(path) / FILE
-    old = None if file is None else _previous(file, trial, key)
-    parts: dict[int, dict[str, np.ndarray]] = {}
-    if old is not None:
-        parts[0] = {name: old[name].values[:trials] for name in _VARIABLES}
-        _report(progress, parts)
-        if old.sizes["trial"] >= trials:
-            return old.isel(trial=slice(trials))
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    begun, stamp = time.monotonic(), _provenance(trial, key)
+    values = [trial.values for trial, *_ in work]
+    slots = _shared_slots([trial for trial, *_ in work])
+    cells = []
+    for trial, key, file in work:
+        old = None if file is None else previous(file, trial, key)
+        cell = _Cell(trial, key, file, old, provenance(trial, key))
+        if old is not None:
+            cell.parts[0], cell.saved = {name: old[name].values[:trials] for name in VARIABLES}, 1
+        cells.append(cell)
+    if any(cell.parts for cell in cells):
+        _report(progress, cells)
+    done = [0 if cell.old is None else cell.old.sizes["trial"] for cell in cells]
+    todo = [i for i in range(len(cells)) if done[i] < trials]
+    for i in todo:
+        if (file := cells[i].file) is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
 
-    # Compiled once, here: threads that found it missing would each compile it.
-    run = _batch.lower(trial.sizes, values, key, np.zeros(batch, np.uint32)).compile()
     # A compiled call lets go of Python's lock, so that threads fill the cores of a CPU; other devices have a queue.
     pool = ThreadPoolExecutor((os.cpu_count() or 1) if on_cpu else 1)
-    saved = time.monotonic()
-    starts = range(0 if old is None else old.sizes["trial"], trials, batch)
-    futures = {pool.submit(_records, run, values, key, range(a, min(a + batch, trials)), batch): a for a in starts}
+    begun = saved = time.monotonic()
+    futures: dict[Future, tuple[int, int]] = {}
+
+    def submit(i: int, start: int) -> Future:
+        wanted = range(start, min(start + batch, trials))
+        future = pool.submit(_records, cells[i].trial.sizes(slots[i]), values[i], cells[i].key, wanted, batch)
+        futures[future] = i, start
+        return future
+
+    def harvest(future: Future) -> None:
+        i, start = futures.pop(future)
+        cells[i].parts[start], busy = future.result()
+        cells[i].busy += busy
+
+    def seconds(cell: _Cell, now: float) -> float:
+        """Its share of the time so far."""
+        whole = sum(other.busy for other in cells)
+        return (now - begun) * (cell.busy / whole if whole else 1 / len(cells))
+
+    starts = {i: list(range(done[i], trials, batch)) for i in todo}
+    programs: dict[object, int] = {}
     try:
-        for future in as_completed(futures):
-            parts[futures[future]] = future.result()
-            _report(progress, parts)
-            if file is not None and time.monotonic() - saved > _CHECKPOINT and 0 in parts:
+        # Threads that found a program missing would each compile it: one batch of each comes first.
+        for i in todo:
+            _draws(cells[i].trial.sizes(slots[i]), values[i], cells[i].key, np.zeros(batch, np.uint32))
+            programs.setdefault((slots[i], _kind(cells[i].trial)), i)
+        wait([submit(i, starts[i].pop(0)) for i in programs.values()], return_when=FIRST_EXCEPTION)
+        for i in todo:
+            for start in starts[i]:
+                submit(i, start)
+        for future in as_completed(list(futures)):
+            harvest(future)
+            _report(progress, cells)
+            if time.monotonic() - saved > _CHECKPOINT:
                 saved = time.monotonic()
-                _save(_dataset(parts, stamp, old, saved - begun), file)
+                for cell in cells:
+                    cell.save(seconds(cell, saved))
     finally:
         # Batches begin in order, so those that were allowed to end are an unbroken run from trial 0.
         pool.shutdown(wait=True, cancel_futures=True)
-        over = [future for future in futures if not future.cancelled() and future.exception() is None]
-        parts.update({futures[future]: future.result() for future in over})
-        seconds = time.monotonic() - begun
-        if file is not None and 0 in parts:
-            _save(_dataset(parts, stamp, old, seconds), file)
-    return _dataset(parts, stamp, old, seconds)
+        for future in list(futures):
+            if not future.cancelled() and future.exception() is None:
+                harvest(future)
+        ended = time.monotonic()
+        for cell in cells:
+            cell.save(seconds(cell, ended))
+    whole = [cell.old if done[i] >= trials else cell.dataset(seconds(cell, ended)) for i, cell in enumerate(cells)]
+    return [dataset.isel(trial=slice(trials)) for dataset in whole]
+
+
+def _shared_slots(trials: Sequence[Trial]) -> list[Slots]:
+    """The sizes of each trial's arrays: the largest of those that share a program with it.
+
+    A step's cost goes like the square of the positions in the Jacobian, a compilation costs as much as about 150 trials.
+    So trials share one as long as that makes none of them more than about twice as dear.
+    """
+
+    def positions(slots: Slots) -> int:
+        return max(min(slots.samples, 2 * (slots.width + 1)), 48)
+
+    found: list[Slots] = [trial.slots for trial in trials]
+    left = set(range(len(trials)))
+    while left:
+        most = max(left, key=lambda i: (positions(trials[i].slots), trials[i].slots.samples, -i))
+        kind, shared, group = _kind(trials[most]), trials[most].slots, []
+        for i in sorted(left, key=lambda i: (-positions(trials[i].slots), i)):
+            wider = Slots(*map(max, zip(shared, trials[i].slots, strict=True)))
+            least = min(positions(trials[j].slots) for j in (i, most, *group))
+            if _kind(trials[i]) == kind and positions(wider) <= 1.5 * least:
+                shared = wider
+                group.append(i)
+        for i in group:
+            found[i] = shared
+        left -= set(group)
+    return found
+
+
+def _kind(trial: Trial):
+    """What the code of a trial's flow and judgement depends on, besides sizes."""
+    return trial.loss, type(trial.distribution)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch(sizes, values, key, indices) -> Record:
-    return jax.vmap(lambda i: record(sizes, values, jr.fold_in(key, i)))(indices)
+def _draws(sizes, values, key, indices):
+    return jax.vmap(lambda i: draw(sizes, values, jr.fold_in(key, i)))(indices)
 
 
-def _records(run, values, key, wanted: range, batch: int) -> dict[str, np.ndarray]:
-    """One batch, padded with repeats of its last trial to the compiled size, and cut."""
+@functools.partial(jax.jit, static_argnums=0)
+def _measures(loss, values, drawn) -> Record:
+    return jax.vmap(lambda *one: measure(loss, values, *one))(*drawn)
+
+
+def _records(sizes, values, key, wanted: range, batch: int) -> tuple[dict[str, np.ndarray], float]:
+    """One batch, padded with repeats of its last trial to the compiled size, and cut; and how long it took."""
+    begun = time.monotonic()
     indices = np.minimum(np.arange(wanted.start, wanted.start + batch), wanted.stop - 1).astype(np.uint32)
-    outcome = run(values, key, indices)
-    return {
-        name: np.asarray(getattr(outcome, name))[: len(wanted)].astype(kind) for name, (kind, *_) in _VARIABLES.items()
+    outcome = _measures(sizes.loss, values, _draws(sizes, values, key, indices))
+    part = {
+        name: np.asarray(getattr(outcome, name))[: len(wanted)].astype(kind) for name, (kind, *_) in VARIABLES.items()
     }
+    return part, time.monotonic() - begun
 
 
-def _report(progress, parts) -> None:
+def _report(progress: Progress | None, cells: list[_Cell]) -> None:
     if progress is not None:
-        codes = np.concatenate([part["verdict"] for part in parts.values()])
+        codes = np.concatenate([part["verdict"] for cell in cells for part in cell.parts.values()])
         progress(codes.size, {verdict.name: int(np.sum(codes == verdict.value)) for verdict in Verdict})
-
-
-def _dataset(parts, stamp: dict, old: xr.Dataset | None, seconds: float) -> xr.Dataset:
-    """The unbroken run of finished trials from trial 0, with units, meanings and provenance."""
-    columns, end = [], 0
-    while end in parts:
-        columns.append(parts[end])
-        end += columns[-1]["verdict"].size
-    variables = {}
-    for name, (kind, long_name, meanings) in _VARIABLES.items():
-        attrs = {"long_name": long_name, "units": "1"}
-        if meanings is not None:
-            codes = np.array(list(meanings), np.int8 if kind is np.bool_ else kind)
-            attrs |= {"flag_values": codes, "flag_meanings": " ".join(meanings.values())}
-        variables[name] = ("trial", np.concatenate([column[name] for column in columns]), attrs)
-    index = ("trial", np.arange(end, dtype=np.int32), {"long_name": "trial: key folded with this number", "units": "1"})
-    first = 0 if old is None else old.sizes["trial"]
-    line = f"{stamp['created']} trials {first} to {end - 1} on {stamp['backend']}, {stamp['versions']}"
-    if old is not None:
-        # A resumed study stays the study it was; what ran when, and with which versions, stands in its history.
-        stamp = stamp | {"created": old.attrs["created"]}
-        line, seconds = old.attrs["history"] + "\n" + line, seconds + float(old.attrs["seconds"])
-    return xr.Dataset(variables, {"trial": index}, stamp | {"seconds": seconds, "history": line})
-
-
-def _provenance(trial: Trial, key) -> dict[str, str]:
-    import gradflow  # not at the top: the package is still being imported then
-
-    packages = ("jax", "equinox", "diffrax", "numpy", "scipy", "xarray")
-    versions = {"gradflow": gradflow.__version__} | {name: importlib.metadata.version(name) for name in packages}
-    return {
-        "title": "gradflow study",
-        "trial": trial.to_json(),
-        "key": _key_to_json(key),
-        "versions": json.dumps(versions | {"python": platform.python_version()}),
-        "backend": jax.default_backend(),
-        "dtype": str(jnp.result_type(float)),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _key_to_json(key) -> str:
-    return json.dumps({"impl": str(jr.key_impl(key)), "data": np.asarray(jr.key_data(key)).tolist()})
-
-
-def _key_from_json(text: str):
-    content = json.loads(text)
-    return jr.wrap_key_data(jnp.asarray(content["data"], jnp.uint32), impl=content["impl"])
 
 
 def _checked(key):
@@ -244,146 +324,3 @@ def _positive(name: str, value) -> int:
     if not 1 <= number < 2**31:
         raise ValueError(f"{name} must be at least 1 and below 2^31, got {number}")
     return number
-
-
-def _previous(file: pathlib.Path, trial: Trial, key) -> xr.Dataset | None:
-    """The study in `file`, if there is one; it must be of the same trial, key and float dtype."""
-    if file.parent.exists() and not file.parent.is_dir():
-        raise ValueError(f"path must be a directory, and {file.parent} is a file")
-    if not file.exists():
-        return None
-    old = load(file)
-    wanted = {"trial": trial.to_json(), "key": _key_to_json(key), "dtype": str(jnp.result_type(float))}
-    for name, value in wanted.items():
-        if old.attrs[name] != value:
-            raise ValueError(
-                f"{file} holds a study of another {name}; choose another path.\n"
-                f"  there: {old.attrs[name]}\n  asked: {value}"
-            )
-    return old
-
-
-def _save(dataset: xr.Dataset, file: pathlib.Path) -> None:
-    """Write `dataset` whole or not at all: under another name first, then flushed and renamed."""
-    previous = _previous(file, Trial.from_json(dataset.attrs["trial"]), _key_from_json(dataset.attrs["key"]))
-    if previous is not None and previous.sizes["trial"] > dataset.sizes["trial"]:
-        return  # another process got further with this very study in the meantime
-    encoding = {name: {"_FillValue": None} for name in dataset.variables}
-    content = bytes(dataset.to_netcdf(engine="scipy", format="NETCDF3_64BIT", encoding=encoding))
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load(path: str | os.PathLike) -> xr.Dataset:
-    """The study kept in the directory `path` (or in the file `path`), in memory.
-
-    **Raises** `FileNotFoundError` if there is none, and `ValueError`, naming the file, if it is torn or not a study.
-    """
-    file = pathlib.Path(path)
-    file = file / FILE if file.is_dir() else file
-    content = file.read_bytes()
-    try:
-        dataset = xr.load_dataset(io.BytesIO(content), engine="scipy")
-    except Exception as error:  # whatever the reader trips over: a torn file fails in many ways
-        raise ValueError(f"{file} cannot be read as netCDF; it is torn or something else: {error}") from error
-    lacks = (_VARIABLES.keys() - dataset.data_vars.keys()) | (_ATTRIBUTES - dataset.attrs.keys())
-    if lacks or dataset["verdict"].dims != ("trial",):
-        raise ValueError(f"{file} is not a gradflow study, or one of another version: it lacks {sorted(lacks)}")
-    return dataset
-
-
-def replay(dataset: xr.Dataset, trial) -> Flow:
-    """The trial that carries the number `trial` in `dataset`, run again as a `Flow` with 200 snapshots of its path.
-
-    **Raises** `ValueError` for a number that is not in the dataset, and if JAX's float dtype is not the study's.
-    """
-    if trial not in dataset.indexes["trial"]:
-        raise ValueError(f"there is no trial {trial} in a dataset of {dataset.sizes['trial']} trials")
-    dtype = str(jnp.result_type(float))
-    if dataset.attrs["dtype"] != dtype:
-        raise ValueError(
-            f"this study was run in {dataset.attrs['dtype']} and JAX is set to {dtype}: see jax_enable_x64"
-        )
-    key = jr.fold_in(_key_from_json(dataset.attrs["key"]), trial)
-    return Trial.from_json(dataset.attrs["trial"]).flow(key, save=200)
-
-
-class Claim(NamedTuple):
-    """One claim, counted: trials by verdict, the probability that it holds, and what to know about it."""
-
-    name: str
-    holds: int
-    fails: int
-    unresolved: int
-    probability: Probability
-    note: str
-
-
-def claims(dataset: xr.Dataset, confidence: float = 0.99) -> list[Claim]:
-    """The claims that a study decides. Unresolved trials count against each; see `estimate_probability`.
-
-    The last one is about the trials with a certified limit only, and left out if there are none: what training that
-    failed would have found, nobody can say.
-    """
-    trial = Trial.from_json(dataset.attrs["trial"])
-    bound = region_bound(trial.neurons)
-    regions = f"of the certified limit; 32 r + 67 = {bound} is a reported bound"
-    if trial.width + 1 <= bound:
-        regions += f", and vacuous: {trial.width} neurons have at most {trial.width + 1} regions"
-    certified = np.isin(dataset["limit_status"].values, (0, 1))
-    everywhere = np.ones_like(certified)
-    rows = (
-        ("perfect training accuracy", "accuracy_verdict", everywhere, "proved by the loss"),
-        ("at most 32r+67 linear regions", "regions_verdict", everywhere, regions),
-        ("both: trial verdict", "verdict", everywhere, ""),
-        ("limit is the global optimum", "optimum_verdict", certified, "among certified limits, to 1e-8 in the margin"),
-    )
-    found = []
-    for name, variable, over, note in rows:
-        codes = dataset[variable].values[over]
-        if not codes.size:
-            continue
-        holds, fails, open_ = (
-            int(np.sum(codes == v.value)) for v in (Verdict.holds, Verdict.fails, Verdict.unresolved)
-        )
-        probability = estimate_probability(holds, holds + fails, confidence, unresolved=open_)
-        found.append(Claim(name, holds, fails, open_, probability, note))
-    return found
-
-
-def summary(dataset: xr.Dataset, confidence: float = 0.99) -> str:
-    """The claim table and the main numbers of a study, as text."""
-    table = claims(dataset, confidence)
-    interval = f"{100 * confidence:g} % interval"
-    lines = [f"{'claim':<34}{'probability':>11}  {interval:<18}{'holds':>8}{'fails':>8}  {'unresolved':>10}"]
-    for name, holds, fails, open_, p, _ in table:
-        lines.append(f"{name:<34}{p.estimate:>11.4f}  [{p.low:.4f}, {p.high:.4f}]  {holds:>8}{fails:>8}  {open_:>10}")
-    lines += [f"  {claim.name}: {claim.note}" for claim in table if claim.note]
-    status = dataset["status"].values
-    certified = np.isin(dataset["limit_status"].values, (0, 1))
-    everywhere = np.ones_like(certified)
-    lines += ["", f"{'':<34}{'median':>11}{'90 %':>11}  over"]
-    for label, name, over in (
-        ("linear regions", "regions", certified),
-        ("margin over the best", "optimality", certified),
-        ("population error", "population_error", certified),
-        ("log loss at the end", "log_loss", certified),
-        ("step attempts", "steps", everywhere),
-    ):
-        numbers = dataset[name].values + (dataset["rejected"].values if name == "steps" else 0)
-        numbers = numbers[over & np.isfinite(numbers)]
-        median, high = np.quantile(numbers, (0.5, 0.9)) if numbers.size else (np.nan, np.nan)
-        which = "certified limits" if over is certified else "trials"
-        lines.append(f"{label:<34}{median:>11.4g}{high:>11.4g}  {numbers.size} {which}")
-    lines.append("")
-    for code, count in zip(*np.unique(status, return_counts=True), strict=True):
-        lines.append(f"{count} x {STATUSES[code].replace('_', ' ')}. {Status[getattr(Status, STATUSES[code])]}")
-    lines.append(f"{dataset.sizes['trial']} trials in {float(dataset.attrs['seconds']):.1f} s")
-    return "\n".join(lines)

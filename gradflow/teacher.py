@@ -77,15 +77,27 @@ class Teacher(eqx.Module):
         cuts = jnp.where(jnp.isnan(label[1:]), jnp.nan, cuts)
         return jnp.where(real, cuts, jnp.inf), real
 
-    def sample(self, key: PRNGKeyArray, samples: int, distribution: Distribution | None = None) -> Dataset:
+    def sample(
+        self,
+        key: PRNGKeyArray,
+        samples: int | Array,
+        distribution: Distribution | None = None,
+        *,
+        slots: int | None = None,
+    ) -> Dataset:
         """`samples` inputs from `distribution` (default: uniform on [−1, 1]) with this teacher's labels.
 
-        Point i depends on (`key`, i) only.
+        Point i depends on (`key`, i) only. With `slots`, the data are padded to this many points, as by
+        `Dataset.padded`, and `samples` may be traced.
         """
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
-        x = (Uniform() if distribution is None else distribution).sample(key, samples)
-        return Dataset(x, self(x))
+        if is_concrete(samples) and not 1 <= samples <= (samples if slots is None else slots):
+            raise ValueError(f"samples must be at least 1{f' and at most {slots}' if slots else ''}, got {samples}")
+        law = Uniform() if distribution is None else distribution
+        if slots is None:
+            x = law.sample(key, int(samples))
+            return Dataset(x, self(x))
+        x = law.sample(key, slots)
+        return Dataset(x, self(x)).padded(samples)
 
     @classmethod
     def random(

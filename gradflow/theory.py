@@ -36,7 +36,7 @@ def generalisation_bound(regions, samples: int, delta: float = 0.01):
     with the data, so δ is shared out among all d, as δ/(d (d + 1))). Holds with probability 1 − δ over the sample. Our
     own choice of bound, not the paper's. At 1 or more it says nothing.
     """
-    d = jnp.minimum(regions + 1, samples)
+    d = jnp.minimum(jnp.asarray(regions, float) + 1, samples)
     return 2 / samples * (d * jnp.log2(2 * math.e * samples / d) + jnp.log2(2 * d * (d + 1) / delta))
 
 
@@ -107,10 +107,10 @@ def placed_knots(limit: Limit, data: Dataset) -> tuple[Int[Array, ""], Int[Array
     return pinned, jnp.max(count)
 
 
-def loss_law(log_loss, log_time, margin, samples: int) -> Float[Array, ""]:
+def loss_law(log_loss, log_time, margin, samples) -> Float[Array, ""]:
     """How far log t is from its asymptotic law Λ − log(Λ − log n) − log(4γ), Λ = −log L, relative to log t.
 
     For the exponential loss d li(1/L)/dt → 4γ (sum loss), so L ~ 1/(t log t): not 1/t.
     """
     late = -log_loss
-    return jnp.abs((late - jnp.log(late - math.log(samples)) - jnp.log(4 * margin)) / log_time - 1)
+    return jnp.abs((late - jnp.log(late - jnp.log(samples)) - jnp.log(4 * margin)) / log_time - 1)

@@ -26,21 +26,31 @@ from gradflow.record import Record, judge
 from gradflow.teacher import Teacher, max_switches
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What a trial's shapes and code depend on: another value compiles anew."""
+class Slots(NamedTuple):
+    """The sizes of a trial's arrays, which hold a teacher, a network and a sample of at most these."""
 
     neurons: int
     width: int
     samples: int
+
+
+class Sizes(NamedTuple):
+    """What the shapes and the code of a trial's draws depend on: another value compiles them anew, in a second. The
+    flow and its limit, which take longer to compile, depend on `slots` and `loss` only."""
+
+    neurons: int
     switches: int | None
     scheme: str
     loss: str
+    slots: Slots
 
 
 class Values(NamedTuple):
     """What enters a trial as numbers: another value does not recompile."""
 
+    neurons: Int[Array, ""]
+    width: Int[Array, ""]
+    samples: Int[Array, ""]
     min_run: Float[Array, ""]
     distribution: Distribution
     scale: Float[Array, ""]
@@ -152,9 +162,13 @@ class Trial:
         return cls(**content)
 
     @property
-    def sizes(self) -> Sizes:
-        """The static part."""
-        return Sizes(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sizes)})
+    def slots(self) -> Slots:
+        """The arrays that this trial fills."""
+        return Slots(self.neurons, self.width, self.samples)
+
+    def sizes(self, slots: Slots | None = None) -> Sizes:
+        """The static part, in arrays of these sizes (default: its own)."""
+        return Sizes(self.neurons, self.switches, self.scheme, self.loss, self.slots if slots is None else slots)
 
     @property
     def values(self) -> Values:
@@ -162,52 +176,55 @@ class Trial:
         dtype = jnp.result_type(float)
         if dtype != jnp.float64:
             raise ValueError("a trial needs float64: call jax.config.update('jax_enable_x64', True) first")
-        numbers = {name: getattr(self, name) for name in Values._fields if name != "max_steps"}
-        numbers = jax.tree.map(lambda a: jnp.asarray(a, dtype), numbers)
-        return Values(**numbers, max_steps=jnp.asarray(self.max_steps))
+        whole = {name: jnp.asarray(getattr(self, name)) for name in ("neurons", "width", "samples", "max_steps")}
+        real = {name: jnp.asarray(getattr(self, name), dtype) for name in ("min_run", "scale", "rtol", "atol")}
+        law = jax.tree.map(lambda a: jnp.asarray(a, dtype), self.distribution)
+        return Values(distribution=law, **whole, **real)
 
     def draw(self, key: PRNGKeyArray) -> tuple[Teacher, Dataset, ReluNetwork]:
         """The teacher, the sample and the initial network of the trial that `key` is."""
-        return _draw(self.sizes, self.values, key)
+        drawn = _draw(self.sizes(), self.values, key)
+        return eqx.tree_at(lambda d: d[1].count, drawn, None)  # nothing is padded
 
     def run(self, key: PRNGKeyArray) -> Record:
         """The record of the trial that `key` is. Works under jit and vmap."""
-        return _run(self.sizes, self.values, key)
+        return _run(self.sizes(), self.values, key)
 
     def flow(self, key: PRNGKeyArray, save: int | None = None) -> Flow:
         """The very same trial as a `Flow`, with up to `save` snapshots; equal to `run`'s up to the tolerance."""
         _, data, net = self.draw(key)
-        return _integrate(self.sizes, self.values, data, net, save)
+        return _integrate(self.loss, self.values, data, net, save)
 
 
 def draw(sizes: Sizes, values: Values, key: PRNGKeyArray) -> tuple[Teacher, Dataset, ReluNetwork]:
-    """`Trial.draw`, as a function of arrays."""
+    """`Trial.draw`, as a function of arrays, padded to `sizes.slots`: draws do not depend on the padding."""
     teacher_key, sample_key, net_key = jr.split(key, 3)
-    law = values.distribution
+    law, slots = values.distribution, sizes.slots
     teacher = Teacher.random(
         teacher_key, sizes.neurons, switches=sizes.switches, min_run=values.min_run, distribution=law
     )
-    data = teacher.sample(sample_key, sizes.samples, law)
-    net = ReluNetwork.random(net_key, sizes.width, sizes.scheme, values.scale)
+    data = teacher.sample(sample_key, values.samples, law, slots=slots.samples)
+    net = ReluNetwork.random(net_key, values.width, sizes.scheme, values.scale, slots=slots.width)
     # A teacher that could not be drawn labels nothing: the trial must end as a failed computation, not as a success.
     drawn = jnp.isfinite(teacher.net.squared_norm)
+    teacher = jax.tree.map(lambda a: jnp.pad(a, (0, slots.neurons - sizes.neurons)), teacher)
     return teacher, data, jax.tree.map(lambda a: jnp.where(drawn, a, jnp.nan), net)
 
 
-def record(sizes: Sizes, values: Values, key: PRNGKeyArray) -> Record:
-    """`Trial.run`, as a function of arrays; what a study maps over keys."""
-    teacher, data, net = draw(sizes, values, key)
-    flow = _integrate(sizes, values, data, net)
-    return judge(sizes.neurons, values.distribution, teacher, data, net, flow)
+def measure(loss: str, values: Values, teacher: Teacher, data: Dataset, net: ReluNetwork) -> Record:
+    """The record of a trial that was drawn."""
+    flow = _integrate(loss, values, data, net)
+    return judge(values.neurons, values.distribution, teacher, data, net, flow)
 
 
-def _integrate(sizes, values, data, net, save=None) -> Flow:
-    loss = LOSSES[sizes.loss]()
-    return integrate(net, data, loss, rtol=values.rtol, atol=values.atol, save=save, max_steps=values.max_steps)
+def _integrate(loss, values, data, net, save=None) -> Flow:
+    return integrate(
+        net, data, LOSSES[loss](), rtol=values.rtol, atol=values.atol, save=save, max_steps=values.max_steps
+    )
 
 
 _draw = eqx.filter_jit(draw)
-_run = eqx.filter_jit(record)
+_run = eqx.filter_jit(lambda sizes, values, key: measure(sizes.loss, values, *draw(sizes, values, key)))
 
 
 def _to_plain(law: Distribution) -> dict:

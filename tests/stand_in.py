@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 
 from gradflow import study
+from gradflow.archive import VARIABLES
 from gradflow.record import Record
 from gradflow.trial import Trial
 
@@ -23,21 +24,33 @@ FAKE = dataclasses.replace(QUICK, samples=19, width=1000)  # sizes that no real 
 _widths = itertools.count(1001)
 
 
+class Traces(list):
+    """The sizes that draws were traced for, and in `programs` the widths that flows were traced for."""
+
+    def __init__(self):
+        super().__init__()
+        self.programs = []
+
+
 @pytest.fixture
 def traces(monkeypatch):
-    """Puts the stand-in in place of the trial's record, and lists its traces."""
-    traces = []
+    """Puts the stand-in in place of the trial's draws and record, and lists their traces."""
+    traces = Traces()
 
-    def record(sizes, values, key):
+    def draw(sizes, values, key):
         traces.append(sizes)
-        bits = jr.bits(key, (len(Record._fields),), jnp.uint32)
+        return jr.bits(key, (len(Record._fields),), jnp.uint32), jnp.zeros(sizes.slots.width)
+
+    def measure(loss, values, bits, net):
+        traces.programs.append(net.shape[0])
         outcome = {}
-        for i, (name, (kind, *_)) in enumerate(study._VARIABLES.items()):
+        for i, (name, (kind, *_)) in enumerate(VARIABLES.items()):
             real = bits[i].astype(values.scale.dtype) / 2**32 * values.scale
             outcome[name] = real if kind is np.float64 else (bits[i] % 3).astype(kind)
         return Record(**outcome)
 
-    monkeypatch.setattr(study, "record", record)
+    monkeypatch.setattr(study, "draw", draw)
+    monkeypatch.setattr(study, "measure", measure)
     return traces
 
 

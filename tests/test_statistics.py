@@ -5,9 +5,16 @@ from math import comb
 
 import numpy as np
 import pytest
+from scipy.special import betaln
 from scipy.stats import binom, binomtest
 
-from gradflow.statistics import Probability, estimate_probability, sample_size
+from gradflow.statistics import (
+    Estimate,
+    confidence_sequence,
+    estimate_probability,
+    estimate_quantile,
+    sample_size,
+)
 
 
 def tail_at_least(successes, trials, p: Fraction) -> Fraction:
@@ -127,7 +134,7 @@ def test_nonsense_is_refused(arguments, message):
 
 
 def test_prints_in_words():
-    assert str(Probability(0.98, 0.91032, 0.99898, 0.99)) == "0.9800 [0.9103, 0.9990] at 99 %"
+    assert str(Estimate(0.98, 0.91032, 0.99898, 0.99)) == "0.9800 [0.9103, 0.9990] at 99 %"
 
 
 @pytest.mark.parametrize(("width", "confidence"), [(0.5, 0.9), (0.2, 0.99), (0.1, 0.95), (0.05, 0.99)])
@@ -144,3 +151,82 @@ def test_sample_size_is_the_least_that_is_enough_for_every_outcome(width, confid
 def test_sample_size_refuses_nonsense(width, confidence):
     with pytest.raises(ValueError, match="strictly between"):
         sample_size(width, confidence)
+
+
+# Quantiles
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("trials", [5, 64, 257])
+def test_quantile_limits_cover_exactly_as_often_as_they_say(quantile, trials):
+    """For a continuous law the ranks decide: P(X_(l) > Q) and P(X_(u) < Q) are binomial tails."""
+    found = estimate_quantile(np.arange(1, trials + 1), quantile, 0.99)
+    low, high = found.low, found.high
+    if np.isfinite(low):
+        assert binom.cdf(low - 1, trials, quantile) <= 0.005 < binom.cdf(low, trials, quantile)
+    else:
+        assert binom.cdf(0, trials, quantile) > 0.005
+    if np.isfinite(high):
+        assert binom.sf(high - 1, trials, quantile) <= 0.005 < binom.sf(high - 2, trials, quantile)
+    else:
+        assert binom.sf(trials - 1, trials, quantile) > 0.005
+    assert found.estimate == np.quantile(np.arange(1, trials + 1), quantile, method="inverted_cdf")
+
+
+def test_quantiles_of_counts_are_covered():
+    """A law with atoms, where order statistics are conservative: the quantile is the smallest x with P(X ≤ x) ≥ q."""
+    rng = np.random.default_rng(0)
+    draws = rng.geometric(0.4, (3000, 60))
+    truth = 3  # P(X ≤ 2) = 0.64 < 0.7 ≤ P(X ≤ 3) = 0.784
+    found = [estimate_quantile(row, 0.7, 0.9) for row in draws]
+    assert np.mean([p.low <= truth <= p.high for p in found]) >= 0.9
+
+
+def test_unresolved_draws_widen_a_quantile_whatever_they_are():
+    values = np.arange(100.0)
+    known = estimate_quantile(values, 0.5)
+    open_ = estimate_quantile(values[10:], 0.5, unresolved=10)
+    for guess in (-1e9, 55.0, 1e9):
+        guessed = estimate_quantile([*values[10:], *[guess] * 10], 0.5)
+        assert open_.low <= guessed.low and guessed.high <= open_.high
+    assert known.high - known.low < open_.high - open_.low
+
+
+@pytest.mark.parametrize(
+    ("values", "quantile", "what"), [([], 0.5, "no draws"), ([1, np.nan], 0.5, "NaN"), ([1, 2], 1.0, "quantile must")]
+)
+def test_quantiles_of_nonsense_are_refused(values, quantile, what):
+    with pytest.raises(ValueError, match=what):
+        estimate_quantile(values, quantile)
+
+
+# Looking as often as one likes
+
+
+@pytest.mark.parametrize("p", [0.02, 0.5, 0.9])
+def test_a_confidence_sequence_covers_at_all_times_at_once(p):
+    """1,000 studies of 2,000 trials, looked at after every one: the exact interval would miss p in most of them."""
+    rng = np.random.default_rng(7)
+    confidence, budget = 0.9, np.log(10)
+    n = np.arange(1, 2001)
+    s = np.cumsum(rng.random((1000, 2000)) < p, axis=1)
+    # The interval misses p where the martingale has reached 1/α.
+    log_m = betaln(s + 1, n - s + 1) - s * np.log(p) - (n - s) * np.log1p(-p)
+    assert np.mean((log_m >= budget).any(axis=1)) <= 0.1
+    for i in (0, 5):  # and this is that interval
+        for j in (0, 9, 500, 1999):
+            found = confidence_sequence(int(s[i, j]), int(n[j]), confidence)
+            assert (found.low <= p <= found.high) == (log_m[i, j] <= budget)
+    tails = np.array([binom.cdf(s[:, j], n[j], p) for j in range(2000)])
+    below = np.array([binom.sf(s[:, j] - 1, n[j], p) for j in range(2000)])
+    assert np.mean((np.minimum(tails, below) < 0.05).any(axis=0)) > 0.3
+
+
+def test_a_confidence_sequence_costs_little_and_has_the_same_ends():
+    for s, n in ((0, 10), (10, 10), (500, 1000), (98, 100)):
+        fixed, always = estimate_probability(s, n), confidence_sequence(s, n)
+        assert always.low <= fixed.low and fixed.high <= always.high and always.estimate == fixed.estimate
+        assert always.high - always.low < 1.7 * (fixed.high - fixed.low)
+    assert confidence_sequence(0, 10).low == 0 and confidence_sequence(10, 10).high == 1
+    open_ = confidence_sequence(90, 90, unresolved=10)
+    assert open_.low == confidence_sequence(90, 100).low and open_.high == 1

@@ -19,18 +19,18 @@ import xarray as xr
 from stand_in import KEY, QUICK, first, fresh, same, traces, trial  # noqa: F401 (fixtures)
 
 from gradflow import study
+from gradflow.archive import VARIABLES
 from gradflow.flow import Status
 from gradflow.outcome import STATUSES
 from gradflow.record import Record, Verdict
-from gradflow.statistics import estimate_probability
-from gradflow.study import claims, replay, run_study, summary
+from gradflow.study import replay, run_study
 
 # Which trials there are
 
 
 def test_trial_i_is_the_key_folded_with_i(trial):
     dataset = run_study(trial, key=KEY, trials=7, batch=3)
-    one = jax.jit(lambda key: study.record(trial.sizes, trial.values, key))
+    one = jax.jit(lambda key: study.measure(trial.loss, trial.values, *study.draw(trial.sizes(), trial.values, key)))
     for i in range(7):
         alone = one(jr.fold_in(KEY, i))
         for name in Record._fields:
@@ -116,86 +116,7 @@ def test_studies_need_float64(fresh, tmp_path):
     assert not traces and not (tmp_path / "s").exists()
 
 
-# Counting
-
-
-def planted(trial, accuracy, regions, optimum=None, status="certified") -> xr.Dataset:
-    """A study whose verdicts are written by hand; limits are certified where regions are resolved."""
-    count = len(accuracy)
-    dataset = run_study(trial, key=KEY, trials=count)
-    columns = {"accuracy_verdict": accuracy, "regions_verdict": regions, "optimum_verdict": optimum or regions}
-    for name, values in columns.items():
-        dataset[name].values[:] = [Verdict[value].value for value in values]
-    both = np.stack([dataset["accuracy_verdict"].values, dataset["regions_verdict"].values])
-    fails, holds = (both == Verdict.fails.value).any(0), (both == Verdict.holds.value).all(0)
-    dataset["verdict"].values[:] = np.where(fails, 2, np.where(holds, 1, 0))
-    dataset["status"].values[:] = STATUSES.index(status)
-    dataset["limit_status"].values[:] = np.where(np.array(regions) == "unresolved", 3, 0)
-    return dataset
-
-
-def test_claims_count(trial):
-    accuracy = ["holds"] * 7 + ["fails"] * 2 + ["unresolved"]
-    regions = ["holds"] * 5 + ["unresolved"] * 4 + ["fails"]
-    optimum = ["holds"] * 3 + ["fails"] * 2 + ["fails"] * 4 + ["unresolved"]
-    found = claims(planted(trial, accuracy, regions, optimum), confidence=0.9)
-    assert [claim.name for claim in found] == [
-        "perfect training accuracy",
-        "at most 32r+67 linear regions",
-        "both: trial verdict",
-        "limit is the global optimum",
-    ]
-    # The last one is about certified limits only.
-    assert [(c.holds, c.fails, c.unresolved) for c in found] == [(7, 2, 1), (5, 1, 4), (5, 3, 2), (3, 2, 1)]
-    assert found[0].probability == estimate_probability(7, 9, 0.9, unresolved=1)
-    assert found[1].probability == estimate_probability(5, 6, 0.9, unresolved=4)
-    assert found[2].probability == estimate_probability(5, 8, 0.9, unresolved=2)
-
-
-def test_unresolved_trials_count_against_every_claim(trial):
-    good = claims(planted(trial, ["holds"] * 20, ["holds"] * 20))
-    worse = claims(planted(trial, ["holds"] * 19 + ["unresolved"], ["holds"] * 18 + ["unresolved"] * 2))
-    for before, after in zip(good[:3], worse[:3], strict=True):
-        assert before.probability.estimate == 1 and before.probability.high == 1
-        assert after.probability.estimate < 1 and after.probability.low < before.probability.low
-        # What is not known could have held.
-        assert after.probability.high == 1
-
-
-def test_vacuous_bound_is_called_vacuous(trial):
-    narrow = dataclasses.replace(trial, neurons=4, width=194)
-    wide = dataclasses.replace(narrow, width=195)
-    notes = [claims(run_study(t, key=KEY, trials=2))[1].note for t in (narrow, wide)]
-    assert "vacuous" in notes[0] and "195 regions" in notes[0] and "195 is a reported bound" in notes[0]
-    assert "vacuous" not in notes[1] and "195 is a reported bound" in notes[1]
-
-
-def test_summary_says_it_all(trial):
-    dataset = planted(trial, ["holds"] * 8 + ["unresolved"] * 2, ["holds"] * 8 + ["unresolved"] * 2)
-    dataset["status"].values[8] = STATUSES.index("step_limit")
-    dataset["population_error"].values[:] = np.linspace(0, 0.9, 10)
-    dataset["population_error"].values[9] = np.nan
-    dataset["steps"].values[:] = np.arange(10)
-    text = summary(dataset, confidence=0.95)
-    lines = text.split("\n")
-    p = estimate_probability(8, 8, 0.95, unresolved=2)
-    assert lines[1].split()[3:] == ["0.8000", f"[{p.low:.4f},", f"{p.high:.4f}]", "8", "0", "2"]
-    assert "95 % interval" in lines[0] and max(map(len, lines[:4])) == min(map(len, lines[:4]))
-    numbers = {line[:34].strip(): line[34:].split()[:3] for line in lines}
-    dataset["rejected"].values[:] = 100
-    again = {line[:34].strip(): line[34:].split()[:3] for line in summary(dataset, confidence=0.95).split("\n")}
-    assert again["step attempts"] == ["104.5", "108.1", "10"]
-    # The trial at its step limit and the one that is NaN are no part of this; the line says over how many it is.
-    assert numbers["population error"] == ["0.35", "0.63", "8"]
-    for name, count in (("certified", 9), ("step_limit", 1)):
-        assert f"{count} x {name.replace('_', ' ')}. {Status[getattr(Status, name)]}" in lines
-    assert "stalled" not in text
-    assert lines[-1].startswith("10 trials in ")
-
-
-def test_summary_of_a_study_where_nothing_ended(trial):
-    text = summary(planted(trial, ["unresolved"] * 3, ["unresolved"] * 3, status="step_limit"))
-    assert "0 certified limits" in text and "3 x step limit" in text and "global optimum" not in text
+# Again
 
 
 def test_replay_refuses_what_is_not_there(trial):
@@ -227,14 +148,14 @@ def test_real_study_is_finite_and_consistent():
     assert (dataset["optimality"].values[good] <= 1 + 1e-9).all()
     assert (dataset["entry_time"].values[good] < dataset["time"].values[good]).all()
     assert (dataset["fall"].values[good] <= 1e-8).all() and (dataset["drift"] <= 1e-8).all()
-    assert (dataset["switches"] == 1).all()
+    assert (dataset["teacher_switches"] == 1).all()
 
 
 @pytest.mark.slow
 def test_real_study_does_not_depend_on_batches():
     """Another batch size rounds differently: verdicts and counts are equal, numbers agree to 1e-4."""
     dataset, other = first(real(), 3), run_study(QUICK, key=KEY, trials=3, batch=3)
-    for name, (kind, *_) in study._VARIABLES.items():
+    for name, (kind, *_) in VARIABLES.items():
         a, b = dataset[name].values, other[name].values
         if kind is np.float64:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9, err_msg=name)

@@ -14,9 +14,10 @@ from scipy.io import netcdf_file
 from stand_in import KEY, first, fresh, same, traces, trial  # noqa: F401 (fixtures)
 
 from gradflow import study
+from gradflow.archive import VARIABLES, load
 from gradflow.outcome import STATUSES
 from gradflow.record import Record, Verdict
-from gradflow.study import load, run_study
+from gradflow.study import run_study
 from gradflow.trial import Trial
 
 # Files
@@ -28,7 +29,7 @@ def test_file_holds_everything(trial, tmp_path):
     assert loaded.identical(dataset)
     assert load(tmp_path / "deep" / "down" / "study.nc").identical(dataset)
     assert {name: variable.dtype for name, variable in loaded.items()} == {
-        name: np.dtype(kind) for name, (kind, *_) in study._VARIABLES.items()
+        name: np.dtype(kind) for name, (kind, *_) in VARIABLES.items()
     }
     assert os.listdir(tmp_path / "deep" / "down") == ["study.nc"]
 

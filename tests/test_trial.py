@@ -205,7 +205,7 @@ def test_record_against_plain_numpy(record, flow):
     assert record.regions == 1 + bends.size  # none of this limit's bends cancel
     assert record.pinned == sum(np.abs(x - bend).min() < 1e-9 for bend in bends)
     assert record.sample_switches == np.sum(np.diff(y[np.argsort(x)]) != 0)
-    assert record.switches == 1
+    assert record.teacher_switches == 1
     # Midpoints of a grid: each sign change of either function misjudges one cell at most.
     fine = np.linspace(-1, 1, 200_001)
     fine = 0.5 * (fine[1:] + fine[:-1])

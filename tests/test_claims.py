@@ -1,0 +1,310 @@
+"""Claims about trials can turn out either way, and are wrong no more often than they say.
+
+Every claim is fed planted studies that break it, that fulfil it and that leave it open.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import planted
+import pytest
+from scipy.stats import binom
+
+from gradflow import claim as claims
+from gradflow import scaling
+from gradflow.archive import load, studies, write
+from gradflow.design import around, thorough
+from gradflow.statistics import Estimate, estimate_probability, estimate_quantile
+from gradflow.table import claims as all_claims
+from gradflow.table import summary
+from gradflow.theory import generalisation_bound, region_bound
+from gradflow.trial import Trial
+
+TRIAL = Trial()
+MANY = 400
+
+
+def share(holds, fails, unresolved=0):
+    return ["holds"] * holds + ["fails"] * fails + ["unresolved"] * unresolved
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least", "most", "verdict"),
+    [
+        (0.91, 0.95, 0.9, np.inf, "holds"),
+        (0.89, 0.95, 0.9, np.inf, "undecided"),
+        (0.80, 0.89, 0.9, np.inf, "contradicted"),
+        (0.9, 1.1, -np.inf, 1.0, "undecided"),
+        (1.01, np.inf, -np.inf, 1.0, "contradicted"),
+        (-np.inf, 1.0, -np.inf, 1.0, "holds"),
+        (-np.inf, np.inf, 0.0, 1.0, "undecided"),
+    ],
+)
+def test_an_interval_decides(low, high, least, most, verdict):
+    assert claims.decide(Estimate(0.5, low, high, 0.99), least, most) == verdict
+
+
+ONE_CELL = {
+    claims.training_succeeds: (
+        dict(accuracy_verdict=share(398, 2)),
+        dict(accuracy_verdict=share(300, 100)),
+        dict(accuracy_verdict=share(300, 2, 98)),
+    ),
+    claims.regions_are_bounded: (
+        dict(regions_verdict=share(398, 2)),
+        dict(regions_verdict=share(300, 100)),
+        dict(accuracy_verdict=share(300, 100)),  # where training failed there is no limit to count
+    ),
+    claims.training_succeeds_with_few_regions: (
+        dict(accuracy_verdict=share(398, 2)),
+        dict(accuracy_verdict=share(340, 60), regions_verdict=share(350, 50)),
+        dict(accuracy_verdict=share(360, 0, 40), regions_verdict=share(360, 0, 40)),
+    ),
+    claims.regions_are_twice_the_least: (
+        dict(regions=[8] * 398 + [9] * 2),
+        dict(regions=[8] * 300 + [9] * 100),
+        dict(regions=[8] * 360 + [9] * 40),
+    ),
+    claims.error_is_bounded: (
+        dict(population_error=np.full(MANY, 0.1)),
+        dict(population_error=[0.1] * 300 + [0.95] * 100),
+        dict(accuracy_verdict=share(350, 0, 50)),
+    ),
+    claims.loss_follows_its_law: (
+        dict(law=[1e-3] * 398 + [0.1] * 2),
+        dict(law=[1e-3] * 300 + [0.1] * 100),
+        dict(law=[1e-3] * 300 + [np.nan] * 100),
+    ),
+    claims.margin_never_falls: (
+        dict(fall=[1e-9] * 398 + [1e-3] * 2),
+        dict(fall=[1e-9] * 300 + [1e-3] * 100),
+        dict(accuracy_verdict=share(300, 0, 100)),
+    ),
+    claims.limit_is_optimal: (
+        dict(optimum_verdict=share(398, 2)),
+        dict(optimum_verdict=share(300, 100)),
+        dict(optimum_verdict=share(300, 0, 100)),
+    ),
+}
+CASES = [
+    pytest.param(claim, verdict, columns, id=f"{claim.__name__} {verdict}")
+    for claim, cases in ONE_CELL.items()
+    for verdict, columns in zip(("holds", "contradicted", "undecided"), cases, strict=True)
+]
+
+
+@pytest.mark.parametrize(("claim", "verdict", "columns"), CASES)
+def test_every_claim_about_trials_can_turn_out_either_way(claim, verdict, columns):
+    # n so large that the VC bound says something.
+    trial = dataclasses.replace(TRIAL, samples=1000) if claim is claims.error_is_bounded else TRIAL
+    assert claim(planted.study(trial, MANY, **columns)).verdict == verdict
+
+
+def test_what_was_found_is_counted():
+    found = claims.training_succeeds(planted.study(TRIAL, 10, accuracy_verdict=share(7, 2, 1)), 0.9, 0.2)
+    assert (found.holds, found.fails, found.unresolved) == (7, 2, 1) and found.asked == ">= 0.8"
+    assert found.measured == estimate_probability(7, 9, 0.9, unresolved=1)
+
+
+def test_training_that_failed_is_no_part_of_what_the_late_phase_claims():
+    study = planted.study(TRIAL, MANY, accuracy_verdict=share(200, 200), law=[1e-3] * 200 + [np.nan] * 200)
+    found = claims.loss_follows_its_law(study)
+    assert (found.holds, found.fails, found.unresolved, found.verdict) == (200, 0, 0, "holds")
+    nothing = claims.loss_follows_its_law(planted.study(TRIAL, 5, accuracy_verdict=share(0, 5)))
+    assert nothing.verdict == "undecided" and (nothing.measured.low, nothing.measured.high) == (0, 1)
+
+
+def test_a_vacuous_bound_is_called_vacuous():
+    narrow = dataclasses.replace(TRIAL, neurons=4, width=194)
+    wide = dataclasses.replace(narrow, width=195)
+    assert region_bound(4) == 195
+    notes = [claims.regions_are_bounded(planted.study(t, 5)).note for t in (narrow, wide)]
+    assert "vacuous" in notes[0] and "194 neurons" in notes[0] and "195 is a reported bound" in notes[0]
+    assert "vacuous" not in notes[1] and "195 is a reported bound" in notes[1]
+    # In a sweep it is about the cells where it says something.
+    mixed = planted.sweep(planted.study(narrow, 400), planted.study(wide, 400, regions_verdict=share(100, 300)))
+    assert claims.regions_are_bounded(mixed).verdict == "contradicted"
+    small = claims.error_is_bounded(planted.study(TRIAL, 5))
+    assert "vacuous" in small.note and float(generalisation_bound(4, 50, 0.1)) > 1
+
+
+def test_the_worst_cell_decides():
+    good, bad = planted.study(TRIAL, MANY), dataclasses.replace(TRIAL, width=8)
+    bad = planted.study(bad, MANY, accuracy_verdict=share(100, 300))
+    assert claims.training_succeeds(good).verdict == "holds"
+    both = claims.training_succeeds(planted.sweep(good, bad))
+    assert both.verdict == "contradicted" and both.measured.estimate == 0.25
+
+
+# Between cells
+
+
+def along_samples(probabilities, **columns):
+    cells = []
+    for n, p in zip((25, 50, 100), probabilities, strict=True):
+        trial = dataclasses.replace(TRIAL, samples=n)
+        here = {name: values[n] for name, values in columns.items()}
+        cells.append(
+            planted.study(trial, MANY, accuracy_verdict=share(round(p * MANY), MANY - round(p * MANY)), **here)
+        )
+    return planted.sweep(*cells)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "verdict"),
+    [((0.99, 0.99, 0.985), "holds"), ((0.95, 0.9, 0.5), "contradicted"), ((0.95, 0.9, 0.87), "undecided")],
+)
+def test_independence_of_samples(probabilities, verdict):
+    found = scaling.success_does_not_depend_on_samples(along_samples(probabilities))
+    assert found.verdict == verdict
+    assert found.measured.estimate == pytest.approx(max(probabilities) - min(probabilities), abs=2e-3)
+    assert "samples 25" in found.note
+
+
+@pytest.mark.parametrize(
+    ("power", "verdict"), [(-1.2, "holds"), (-0.3, "contradicted"), (-0.75, "undecided"), (0.5, "contradicted")]
+)
+def test_how_the_error_falls(power, verdict):
+    spread = np.linspace(0.5, 1.5, MANY)
+    sweep = along_samples((1, 1, 1), population_error={n: 0.1 * spread * (n / 25) ** power for n in (25, 50, 100)})
+    found = scaling.error_falls_with_samples(sweep)
+    assert found.verdict == verdict and found.measured.estimate == pytest.approx(power)
+    assert found.measured.low < power < found.measured.high
+
+
+def along_neurons(regions=lambda r: 2 * r, success=lambda r, ratio: 1.0, ratios=(8,)):
+    cells = []
+    for r in (4, 8, 16):
+        for ratio in ratios:
+            trial = Trial(neurons=r, switches=r, width=ratio * r, samples=10 * r, min_run=0.01)
+            good = round(success(r, ratio) * MANY)
+            columns = dict(accuracy_verdict=share(good, MANY - good), regions=[regions(r)] * MANY)
+            cells.append(planted.study(trial, MANY, **columns))
+    return planted.sweep(*cells)
+
+
+@pytest.mark.parametrize(
+    ("regions", "verdict", "power"),
+    [
+        (lambda r: 2 * r, "holds", 1.0),
+        (lambda r: r * r, "contradicted", 2.0),
+        (lambda r: round(r**1.25), "holds", None),
+    ],
+)
+def test_how_regions_grow(regions, verdict, power):
+    found = scaling.regions_grow_linearly(along_neurons(regions))
+    assert found.verdict == verdict
+    if power:  # all trials have as many: quantiles are exact
+        assert found.measured.low == found.measured.high == pytest.approx(power)
+    assert f"{regions(16)} at neurons 16" in found.note
+
+
+def test_few_trials_do_not_decide_how_regions_grow():
+    sweep = along_neurons().isel(trial=slice(10))
+    found = scaling.regions_grow_linearly(sweep)
+    assert found.verdict == "undecided" and found.measured.high == np.inf
+
+
+@pytest.mark.parametrize(
+    ("success", "verdict"),
+    [
+        (lambda r, ratio: 0.99 if ratio >= 8 else 0.5, "holds"),  # one ratio is enough
+        (lambda r, ratio: 0.99 if ratio >= r else 0.5, "contradicted"),  # k = r² is needed
+        (lambda r, ratio: 0.9, "undecided"),
+    ],
+)
+def test_whether_a_width_in_proportion_suffices(success, verdict):
+    found = scaling.width_suffices(along_neurons(success=success, ratios=(4, 8)))
+    assert found.verdict == verdict and "at 4 r" in found.note and "at 8 r" in found.note
+
+
+def test_cells_that_do_not_compare_are_refused():
+    odd = planted.sweep(planted.study(TRIAL, 9), planted.study(dataclasses.replace(TRIAL, samples=99, width=9), 9))
+    for claim in (scaling.success_does_not_depend_on_samples, scaling.regions_grow_linearly, scaling.width_suffices):
+        with pytest.raises(ValueError, match="cells"):
+            claim(odd)
+        with pytest.raises(ValueError, match="cells"):
+            claim(planted.study(TRIAL, 9))
+    assert scaling.family(odd, scaling.all_but("samples"), "samples") is None
+
+
+# How often they are wrong
+
+
+def wrong(decides, p, trials, confidence=0.9):
+    """How often a claim about a probability p is decided wrongly, exactly: by summing over all outcomes."""
+    return sum(binom.pmf(s, trials, p) for s in range(trials + 1) if decides(s, trials, confidence))
+
+
+@pytest.mark.parametrize("trials", [20, 64, 256])
+@pytest.mark.parametrize("delta", [0.1, 0.3])
+def test_false_alarms_about_a_probability_are_as_rare_as_stated(trials, delta):
+    """At the border, where it is hardest: P = 1 − δ is called contradicted, or just below it called to hold."""
+
+    def verdict(s, n, confidence):
+        return claims.decide(estimate_probability(s, n, confidence), least=1 - delta)
+
+    assert wrong(lambda *a: verdict(*a) == "contradicted", 1 - delta, trials) <= 0.05
+    assert wrong(lambda *a: verdict(*a) == "holds", 1 - delta - 1e-12, trials) <= 0.05
+    # And not by being idle: half a δ away, 256 trials decide.
+    if trials == 256:
+        assert wrong(lambda *a: verdict(*a) == "holds", 1 - delta / 2, trials) > 0.9
+
+
+def test_false_alarms_between_cells_are_as_rare_as_stated():
+    """2,000 sweeps in which the claims are true at the border of what is allowed, at 90 % confidence."""
+    rng = np.random.default_rng(1)
+    trials, sweeps = 64, 2000
+    alarms = {"independent": 0, "linear": 0}
+    for _ in range(sweeps):
+        counts = rng.binomial(trials, (0.95, 0.9, 0.85))  # range 0.1: allowed
+        parts = [estimate_probability(int(s), trials, 1 - 0.1 / 3) for s in counts]
+        alarms["independent"] += max(p.low for p in parts) - min(p.high for p in parts) > 0.1
+        # Regions r and (2r)^1.25-fold at the upper quantile: exactly the exponent that is allowed.
+        first, last = rng.geometric(0.3, trials), 2**1.25 * rng.geometric(0.3, trials)
+        a, b = (estimate_quantile(x, 0.7, 1 - 0.1 / 2) for x in (first, last))
+        alarms["linear"] += np.log(b.low / a.high) > 1.25 * np.log(2) if b.low > 0 else 0
+    # 10 % and three standard errors would be 12 %.
+    assert all(count <= 0.12 * sweeps for count in alarms.values()), alarms
+
+
+# All of them
+
+
+def test_all_claims_of_a_designed_sweep():
+    sweep = planted.sweep(*(planted.study(trial, 50, population_error=0.01) for trial in around(TRIAL)))
+    found = all_claims(sweep)
+    assert len(found) == 12 and all(claim.verdict in ("holds", "contradicted", "undecided") for claim in found)
+    assert len(all_claims(studies(sweep)[0])) == 8
+    text = summary(sweep, confidence=0.95)
+    assert "95 % interval" in text and "350 trials in 7 cells" in text
+    rows = text.split("\n")[: 1 + len(found)]
+    assert len({len(row) for row in rows}) == 1
+    for claim, row in zip(found, rows[1:], strict=True):
+        assert (row.startswith(claim.name) and claim.name + ": " in text) or not claim.note
+    assert len(thorough(TRIAL)) == len(set(thorough(TRIAL))) == 36 and thorough(TRIAL)[0] == TRIAL
+
+
+def test_a_claim_depends_on_the_outcome_and_its_cells_do_not():
+    cells = around(TRIAL)
+    good = planted.sweep(*(planted.study(t, 9) for t in cells))
+    bad = planted.sweep(*(planted.study(t, 9, accuracy_verdict=share(0, 9)) for t in cells))
+    kind = scaling.all_but("samples")
+    chosen = [scaling.family(s, kind, "samples").coords["samples"].values.tolist() for s in (good, bad)]
+    assert chosen[0] == chosen[1] == [50, 25, 100]
+
+
+def test_a_sweep_is_kept_and_taken_apart(tmp_path):
+    laws = [dataclasses.replace(TRIAL, switches=None, min_run=0.1), TRIAL]
+    sweep = planted.sweep(*(planted.study(trial, 6) for trial in laws))
+    write(sweep, tmp_path / "sweep.nc")
+    again = load(tmp_path)
+    for found in (sweep, again, again.isel(cell=[1, 0]).isel(cell=[1, 0])):
+        assert [claims.trial_of(study) for study in studies(found)] == laws
+    (one,) = studies(again.isel(cell=1))
+    assert claims.trial_of(one) == TRIAL and one["verdict"].dims == ("trial",)
+    assert one.attrs["key"] == studies(sweep)[1].attrs["key"] and json.loads(one.attrs["key"])
+    assert again["switches"].values.tolist() == [-1, 4]
+    grid = again.set_index(cell=["switches", "min_run"]).unstack("cell")
+    assert grid["verdict"].sel(switches=4, min_run=0.05).sizes == {"trial": 6}
