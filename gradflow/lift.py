@@ -15,6 +15,7 @@ v_j² − ‖u_j‖², so that both hold to rounding and the margins are those t
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -39,26 +40,30 @@ def from_lines(net: ReluNetwork, lines: Float[Array, "2 k"], balance: Float[Arra
     Where |v| is small against ‖u‖, `net` put back on the invariant by one Newton step u(1 + ε), v(1 − ε) instead, ε of
     the size of the step's error (Hairer, Lubich and Wanner 2006, IV.4: projection keeps the order).
     """
-    norm = jnp.hypot(net.w, net.b)
-    far = (jnp.abs(net.v) >= _TURNS * norm) & (net.v != 0) & (norm > 0)
-    # Stand-ins keep derivatives finite in the branch that is not taken.
-    g = jnp.where(far, lines, 1)
-    beta = jnp.where(far, balance, 0)
+    # A neuron that slides down its ray shrinks for ever, to where squares of squares are 0: it is left as it is.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(jnp.stack([net.w, net.b, net.v])), axis=0))
+    vanishes = largest <= 16 * jnp.sqrt(jnp.finfo(largest.dtype).tiny)
+    largest = jnp.where(vanishes, 1, largest)
+    w, b = (jnp.where(vanishes, 1, a) for a in (net.w, net.b))
+    norm = jnp.hypot(w, b)
+    far = (jnp.abs(net.v) >= _TURNS * norm) & (norm > 0) & ~vanishes
+    # Stand-ins keep derivatives finite in the branch that is not taken; in units of the largest squares stay in range.
+    unit = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(lines), axis=0), jnp.abs(balance)))
+    unit = jnp.where(far & (unit > 0), unit, 1)
+    g = jnp.where(far[None], lines / unit[None], 1)
+    beta = jnp.where(far, balance / unit, 0)
     length = jnp.hypot(g[0], g[1])
     size = jnp.hypot(beta, 2 * length)
     positive = beta >= 0
     squared = jnp.where(positive, (beta + size) / 2, 2 * length * (length / jnp.where(positive, 1, size - beta)))
-    far &= squared > 0  # a neuron that shrinks for ever ends below what g = v u can be in floating point
-    v = jnp.where(net.v < 0, -1, 1) * jnp.sqrt(jnp.where(far, squared, 1))
-    total = net.v**2 + norm**2
-    # Below it, the square that its derivative divides by is 0 in floating point.
-    vanishes = total <= 2 * jnp.sqrt(jnp.finfo(total.dtype).tiny)
-    epsilon = 0.5 * ((net.v - norm) * (net.v + norm) - balance) / jnp.where(vanishes, 1, total)
+    root, v = jnp.sqrt(unit), jnp.where(net.v < 0, -1, 1) * jnp.sqrt(squared)
+    total = jnp.where(vanishes, 1, (net.v / largest) ** 2 + (norm / largest) ** 2)
+    epsilon = 0.5 * ((net.v - norm) / largest * ((net.v + norm) / largest) - balance / largest**2) / total
     epsilon = jnp.where(vanishes, 0, epsilon)
     return ReluNetwork(
-        jnp.where(far, g[0] / v, net.w * (1 + epsilon)),
-        jnp.where(far, g[1] / v, net.b * (1 + epsilon)),
-        jnp.where(far, v, net.v * (1 - epsilon)),
+        jnp.where(far, root * g[0] / v, net.w * (1 + epsilon)),
+        jnp.where(far, root * g[1] / v, net.b * (1 + epsilon)),
+        jnp.where(far, root * v, net.v * (1 - epsilon)),
     )
 
 

@@ -56,20 +56,20 @@ def success_does_not_depend_on_samples(sweep: xr.Dataset, confidence=CONFIDENCE,
 
 def width_suffices(sweep: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> Claim:
     """Some width c r, with one c for all r, gives perfect training accuracy with probability 1 − `delta`: one of those
-    of which the sweep has every r. (A sweep cannot speak of larger ones.)
+    that the sweep has at most r. (It cannot speak of larger ones.)
 
     The number is the largest over these ratios of the smallest probability over r, at the confidence of all cells.
 
-    **Raises** `ValueError` unless the cells differ in r, with n in proportion, and in k, with some k/r at every r.
+    **Raises** `ValueError` unless the cells differ in r, with n in proportion, and in k, with some k/r at several r.
     """
-    ratios: dict[Fraction, list[xr.Dataset]] = {}
-    cells = studies(sweep)
-    for cell in cells:
-        ratios.setdefault(Fraction(trial_of(cell).width, trial_of(cell).neurons), []).append(cell)
-    sizes = {trial_of(cell).neurons for cell in cells}
-    whole = {c: _in_order(group, "neurons", proportional) for c, group in ratios.items() if len(group) == len(sizes)}
-    if len({proportional_but_width(trial_of(cell)) for cell in cells}) > 1 or len(sizes) < 2 or not whole:
-        raise ValueError("the cells must differ in r, with n in proportion, and in k, with some k/r at every r")
+    ratios: dict[Fraction, dict[int, xr.Dataset]] = {}
+    for cell in studies(sweep):
+        trial = trial_of(cell)
+        ratios.setdefault(Fraction(trial.width, trial.neurons), {})[trial.neurons] = cell
+    sizes = max(map(set, ratios.values()), key=len)
+    if len({proportional_but_width(trial_of(cell)) for cell in studies(sweep)}) > 1 or len(sizes) < 2:
+        raise ValueError("the cells must differ in r, with n in proportion, and in k, with some k/r at several r")
+    whole = {c: [group[r] for r in sorted(sizes)] for c, group in ratios.items() if sizes <= group.keys()}
     inner = 1 - (1 - confidence) / sum(len(group) for group in whole.values())
     found = {}
     for ratio, group in sorted(whole.items()):

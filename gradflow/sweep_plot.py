@@ -137,9 +137,9 @@ def sweep_figure(sweep: xr.Dataset, confidence: float = CONFIDENCE, delta: float
 
 
 def _with_intervals(ax: Axes, x, parts, i: int, label: str) -> list[Artist]:
-    """Points with the intervals of estimates; an infinite end is drawn to the last finite one."""
-    middle = np.array([p.estimate for p in parts])
-    low, high = np.array([p.low for p in parts]), np.array([p.high for p in parts])
+    """Points with the intervals of estimates; an infinite end is not drawn."""
+    middle, low, high = np.array([(p.estimate, p.low, p.high) for p in parts]).T
+    middle = np.where(np.isfinite(middle), middle, np.nan)  # nothing is known: nothing is drawn
     low, high = np.where(np.isfinite(low), low, middle), np.where(np.isfinite(high), high, middle)
     colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
     reach = np.maximum([middle - low, high - middle], 0)

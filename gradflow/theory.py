@@ -18,7 +18,7 @@ from gradflow.piecewise import Piecewise
 from gradflow.teacher import Teacher
 
 
-def region_bound(neurons: int) -> int:
+def region_bound(neurons):
     """32 r + 67 for r = `neurons` teacher neurons: a *reported* bound on the linear regions of the limit.
 
     It is quoted from a secondary source on Safran, Vardi and Lee (2022, arXiv 2205.09072), and whether r counts the

@@ -30,9 +30,9 @@ def study(trial: Trial, trials: int, **columns) -> xr.Dataset:
         part[name][:] = [Verdict[v].value for v in values] if values.dtype.kind == "U" else values
     # As `judge` has it: no limit where training failed or is unresolved, and the verdict is both others together.
     open_ = part["accuracy_verdict"] != Verdict.holds.value
-    part["limit_status"][open_] = 3
-    part["separated"][open_] = False
-    part["regions_verdict"][open_] = np.minimum(part["regions_verdict"][open_], 0)
+    for name, value in (("limit_status", 3), ("separated", False), ("regions_verdict", Verdict.unresolved.value)):
+        if name not in columns:
+            part[name][open_] = value
     if "verdict" not in columns:
         both = np.stack([part["accuracy_verdict"], part["regions_verdict"]])
         part["verdict"][:] = np.where((both == 2).any(0), 2, np.where((both == 1).all(0), 1, 0))

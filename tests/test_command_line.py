@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import planted
 import pytest
 
 import gradflow
 from gradflow.__main__ import default_folder, main, read_points
-from gradflow.study import load
+from gradflow.archive import load
 from gradflow.trial import Trial
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,9 @@ def test_many_bad_lines_are_counted_not_listed(tmp_path):
         (("study", "--switches", "9"), "label switches"),
         (("study", "--log-loss", "-3"), "unrecognized"),
         (("study", "--confidence", "1"), "--confidence"),
+        (("study", "--delta", "0"), "--delta"),
+        (("study", "--sweep", "wide"), "invalid choice"),
+        (("study", "--full", "--quick"), "not allowed with"),
         (("study", "--width", "many"), "invalid int"),
         (("study", "--tria", "5"), "unrecognized"),
         (("flow", "points.csv", "--loss", "hinge"), "invalid choice"),
@@ -186,7 +190,7 @@ def test_flow_draws_where_it_is_told(tmp_path, monkeypatch, capsys):
     assert not Path("points.png").exists()
 
 
-SMALL = ("--neurons", 2, "--switches", 1, "--samples", 8, "--width", 8)
+SMALL = ("--neurons", 2, "--switches", 1, "--samples", 8, "--width", 8, "--sweep", "none")
 
 
 def test_study_prints_claims_and_writes_dataset_and_figure(tmp_path, monkeypatch, capsys):
@@ -195,7 +199,7 @@ def test_study_prints_claims_and_writes_dataset_and_figure(tmp_path, monkeypatch
     assert code == 0, err
     assert "perfect training accuracy" in out and "90 %" in out
     (folder,) = Path("runs").iterdir()
-    assert f"dataset  {folder / 'study.nc'}" in out and f"figure   {folder / 'study.png'}" in out
+    assert f"dataset  {folder / 'study.nc'}" in out and f"figures  {folder / 'study.png'}\n" in out
     dataset = load(folder)
     assert dataset.sizes["trial"] == 3
     assert np.all(dataset["sample_switches"].values <= 1)
@@ -205,6 +209,31 @@ def test_study_prints_claims_and_writes_dataset_and_figure(tmp_path, monkeypatch
     code, _, err = run(capsys, "study", *SMALL, "--trials", 3, "--key", 6, "--path", folder)
     assert code == 2 and str(folder) in err
     assert load(folder).identical(dataset)
+
+
+@pytest.mark.parametrize(
+    ("argv", "cells", "trials"),
+    [((), 7, 64), (("--trials", 9), 7, 9), (("--full",), 36, 288), (("--full", "--sweep", "around"), 7, 288)],
+)
+def test_study_sweeps_around_the_trial(tmp_path, monkeypatch, capsys, argv, cells, trials):
+    asked = {}
+
+    def run_sweep(cells, *, key, trials, path, progress):
+        asked.update(cells=list(cells), trials=trials, path=path)
+        progress(1, {"holds": 1})
+        path.mkdir()
+        return planted.sweep(*(planted.study(cell, 12, population_error=0.01) for cell in cells))
+
+    monkeypatch.setattr("gradflow.__main__.run_sweep", run_sweep)
+    folder = tmp_path / "sweep"
+    code, out, err = run(capsys, "study", *argv, "--path", folder, "--delta", 0.2)
+    assert code == 0, err
+    if argv == ("--full", "--sweep", "around"):  # what is said last counts
+        trials = asked["trials"]
+    assert (len(asked["cells"]), asked["trials"], asked["path"]) == (cells, trials, folder)
+    assert asked["cells"][0] == Trial() and ">= 0.8" in out and f"in {cells} cells" in out
+    assert f"dataset  {folder / 'sweep.nc'}" in out
+    assert sorted(file.name for file in folder.iterdir()) == ["study.png", "sweep.png"]
 
 
 def test_each_experiment_has_a_folder_of_its_own():

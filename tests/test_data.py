@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gradflow as gf
+from gradflow.clarke import Points
 
 BAD = {
     "nan in x": ([0.0, np.nan, 2.0], [1, -1, 1], r"x must be finite; 1 bad value\(s\): x\[1\] = nan"),
@@ -136,3 +137,29 @@ def test_shapes_are_checked_even_for_tracers():
     for x, y in ((jnp.ones((2, 1)), jnp.ones(2)), (jnp.ones(2), jnp.ones(3)), (jnp.ones(0), jnp.ones(0))):
         with pytest.raises(ValueError, match=r"one shape \(n,\), n >= 1; got \("):
             eqx.filter_jit(gf.Dataset)(x, y)
+
+
+def test_padding_takes_no_part():
+    data = gf.Dataset([0.3, -1.0, 0.3, 2.0, 5.0], [1, -1, 1, 1, -1])
+    padded = jax.jit(lambda count: data.padded(count))(jnp.asarray(4))
+    assert int(padded.samples) == 4 and padded.real.tolist() == [True] * 4 + [False] and int(padded.switches) == 1
+    plain, filled = Points(gf.Dataset(data.x[:4], data.y[:4])), Points(padded)
+    np.testing.assert_array_equal(filled.x[:3], plain.x[:3])
+    np.testing.assert_array_equal(filled.y[:3], plain.y[:3])
+    np.testing.assert_array_equal(jnp.exp(filled.log_count), [1, 2, 1, 0, 0])
+    assert not filled.conflict and jnp.all(filled.x[3:] > 2)
+    net = gf.ReluNetwork([1.0], [2.0], [0.5])
+    # The natural multipliers are those of the data alone.
+    assert float(gf.kkt_residual(net, padded)) == pytest.approx(
+        float(gf.kkt_residual(net, gf.Dataset(data.x[:4], data.y[:4])))
+    )
+
+
+def test_a_sample_may_be_padded():
+    teacher = gf.Teacher.random(jax.random.key(0), 3)
+    plain, padded = teacher.sample(jax.random.key(1), 6), teacher.sample(jax.random.key(1), 6, slots=8)
+    np.testing.assert_array_equal(padded.x[:6], plain.x)
+    np.testing.assert_array_equal(padded.x[6:], plain.x[0])
+    assert plain.samples == 6 and int(padded.samples) == 6
+    with pytest.raises(ValueError, match="at most 8"):
+        teacher.sample(jax.random.key(1), 9, slots=8)

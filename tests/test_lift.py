@@ -1,5 +1,7 @@
 """The lifted coordinates: neurons from lines, the local blocks, and what they are for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -66,3 +68,16 @@ def test_the_local_block_inverts_the_jacobian_and_answers_to_forces(slides):
     force = tangent if slides else jnp.array([[1.3], [0.2]])
     exact = np.linalg.solve(matrix, flat(*drive(net, force)))[3:]
     np.testing.assert_allclose(local.response().reshape(2, 2) @ force[:, 0], exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-60, 1e-78, 1e-100, 1e-160, 1e-300])
+@pytest.mark.parametrize("u", [(0.0, 0.0), (0.6, -0.8)])
+def test_a_neuron_that_shrinks_for_ever_keeps_finite_errors(u, size):
+    """One slid down its ray to 7e-78, where squares of squares are 0; its error became NaN, and no step was allowed."""
+    net = neuron(u[0] * size, u[1] * size, size)
+    change = jax.tree.map(lambda a: jnp.full_like(a, 1e-20 * size), net)
+    settle = functools.partial(from_lines, balance=net.balance)
+    found, error = jax.jvp(settle, (net, net.lines), (change, 1e-20 * net.lines))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(net), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+    assert all(jnp.all(jnp.isfinite(leaf)) and jnp.all(jnp.abs(leaf) <= size) for leaf in jax.tree.leaves(error))

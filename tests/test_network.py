@@ -184,3 +184,17 @@ def test_jit_and_vmap_agree_with_one_at_a_time():
 
     batched = jax.jit(jax.vmap(run))(keys)
     np.testing.assert_allclose(batched, np.stack([run(key) for key in keys]), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_padding_adds_zero_neurons_and_changes_no_other(scheme):
+    plain = gf.ReluNetwork.random(jax.random.key(2), 5, scheme, 1.5)
+    # One compilation for every width, also where the law depends on it.
+    padded = jax.jit(lambda width: gf.ReluNetwork.random(jax.random.key(2), width, scheme, 1.5, slots=9))(
+        jnp.asarray(5)
+    )
+    for a, b in zip(jax.tree.leaves(padded), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a[:5], b, rtol=1e-15)
+        assert not a[5:].any() and a.shape == (9,)
+    with pytest.raises(ValueError, match="at most 9"):
+        gf.ReluNetwork.random(jax.random.key(2), 10, slots=9)

@@ -6,17 +6,18 @@ import io
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planted
 import pytest
-import xarray
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from gradflow import Dataset, Path, ReluNetwork, Teacher, Until, integrate, plot
+from gradflow import Dataset, Path, ReluNetwork, Teacher, Until, integrate, plot, sweep_plot
+from gradflow.claim import Claim
+from gradflow.design import around
 from gradflow.record import Verdict
-from gradflow.statistics import estimate_probability
-from gradflow.study import Claim
+from gradflow.statistics import Estimate, estimate_probability
 from gradflow.trial import Trial
 
 # N(x) = |x| − (x + 1/4): right on all of these points but the last.
@@ -52,18 +53,17 @@ H, F, U = Verdict.holds.value, Verdict.fails.value, Verdict.unresolved.value
 def trials(verdicts, regions, errors):
     """A study of these trials, by hand; limits with less than 5 regions are the global optimum."""
     regions, verdicts = np.asarray(regions), np.asarray(verdicts, np.int8)
-    columns = {
-        "verdict": verdicts,
-        "accuracy_verdict": verdicts,
-        "regions_verdict": verdicts,
-        "regions": regions,
-        "optimum_verdict": np.where(verdicts == U, U, np.where(regions < 5, H, F)).astype(np.int8),
-        "limit_status": np.where(verdicts == U, 3, 0),
-        "sample_switches": np.full_like(regions, 3),
-        "population_error": np.asarray(errors),
-    }
-    return xarray.Dataset(
-        {name: ("trial", column) for name, column in columns.items()}, attrs={"trial": Trial().to_json()}
+    return planted.study(
+        Trial(),
+        len(verdicts),
+        verdict=verdicts,
+        accuracy_verdict=verdicts,
+        regions_verdict=verdicts,
+        regions=regions,
+        optimum_verdict=np.where(verdicts == U, U, np.where(regions < 5, H, F)).astype(np.int8),
+        limit_status=np.where(verdicts == U, 3, 0),
+        sample_switches=np.full_like(regions, 3),
+        population_error=errors,
     )
 
 
@@ -135,19 +135,21 @@ def test_convergence_shows_loss_and_margin_over_log_time(ax, last, scale):
     assert (ax.get_xscale(), ax.get_yscale()) == (scale, scale)
 
 
-def test_claims_show_estimate_interval_and_counts(ax):
+def test_claims_show_estimate_interval_counts_and_verdict(ax):
     rows = [
-        Claim("first", 90, 8, 2, estimate_probability(90, 98, unresolved=2), ""),
-        Claim("second", 100, 0, 0, estimate_probability(100, 100), "vacuous"),
+        Claim("first", "undecided", estimate_probability(90, 98, unresolved=2), ">= 0.9", 90, 8, 2, ""),
+        Claim("second", "holds", estimate_probability(100, 100), ">= 0.9", 100, 0, 0, "vacuous"),
+        Claim("third", "contradicted", Estimate(2.0, 1.9, 2.1, 0.99), "exponent <= 1", 100, 0, 0, ""),
     ]
     artists = plot.claims(ax, rows)
-    bars = [artist.get_segments()[0] for artist in artists if isinstance(artist, LineCollection)]
-    for bar, row in zip(bars, rows, strict=True):
-        np.testing.assert_allclose(bar[:, 0], [row.probability.low, row.probability.high])
+    bars = [artist for artist in artists if isinstance(artist, LineCollection)]
+    for bar, row in zip(bars, rows[:2], strict=True):  # an exponent is no probability
+        np.testing.assert_allclose(bar.get_segments()[0][:, 0], [row.measured.low, row.measured.high])
+        assert to_hex(bar.get_color()[0]).upper() == plot.VERDICTS[row.verdict].upper()
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert names == ["first\n90 hold, 8 fail, 2 unresolved", "second (vacuous)\n100 hold, 0 fail, 0 unresolved"]
     assert ax.get_xlabel() == "probability, with its exact 99% interval"
-    assert ax.get_xlim()[0] <= min(row.probability.low for row in rows)
+    assert ax.get_xlim()[0] <= min(row.measured.low for row in rows)
 
 
 def test_regions_are_shares_of_all_trials(ax):
@@ -178,6 +180,45 @@ def test_population_error_never_counts_the_unresolved_as_small(ax):
 )
 def test_study_figure_is_legible_whatever_the_outcome(study):
     check_legible(plot.study_figure(study), panels=3)
+
+
+def some_sweep(**columns):
+    return planted.sweep(*(planted.study(trial, 40, **columns) for trial in around(Trial())))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        dict(population_error=np.linspace(0.001, 0.2, 40), regions=[4] * 30 + [6] * 10),
+        dict(accuracy_verdict=["fails"] * 40),
+        dict(accuracy_verdict=["unresolved"] * 40),
+    ],
+    ids=["mixed", "all failed", "all unresolved"],
+)
+def test_sweep_figure_is_legible_whatever_the_outcome(columns):
+    check_legible(sweep_plot.sweep_figure(some_sweep(**columns)), panels=4)
+
+
+def test_what_a_phase_diagram_shows(ax):
+    cells = [Trial(width=k, samples=n) for k, n in ((32, 50), (8, 50), (32, 100))]
+    good = [40, 10, 30]
+    outcomes = [["holds"] * g + ["fails"] * (40 - g) for g in good]
+    studies = [planted.study(t, 40, accuracy_verdict=o) for t, o in zip(cells, outcomes, strict=True)]
+    image, *texts = sweep_plot.phase_diagram(ax, planted.sweep(*studies))
+    np.testing.assert_array_equal(image.get_array(), np.ma.masked_invalid([[0.25, np.nan], [1.0, 0.75]]))
+    assert [text.get_text() for text in texts] == ["1.00", "0.25", "0.75"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["2", "8"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["50", "100"]
+
+
+def test_what_is_drawn_against_r_and_n(ax):
+    sweep = some_sweep(population_error=np.arange(1, 41) / 400, regions=[4] * 20 + [6] * 20)
+    lines = {line.get_label(): line for line in sweep_plot.regions_against_neurons(ax, sweep)}
+    np.testing.assert_array_equal(lines["mean"].get_xydata(), [[4, 5], [8, 5]])
+    np.testing.assert_array_equal(lines["least possible (mean)"].get_ydata(), [4, 4])
+    ax.clear()
+    lines = {line.get_label(): line for line in sweep_plot.error_against_samples(ax, sweep)}
+    np.testing.assert_allclose(lines["r/n"].get_ydata(), [4 / 25, 4 / 50, 4 / 100])
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ import xarray as xr
 from stand_in import KEY, QUICK, first, fresh, same, traces, trial  # noqa: F401 (fixtures)
 
 from gradflow import study
-from gradflow.archive import VARIABLES
+from gradflow.archive import VARIABLES, key_from_json, load, studies
 from gradflow.flow import Status
 from gradflow.outcome import STATUSES
 from gradflow.record import Record, Verdict
-from gradflow.study import replay, run_study
+from gradflow.study import replay, run_study, run_sweep
 
 # Which trials there are
 
@@ -114,6 +114,81 @@ def test_studies_need_float64(fresh, tmp_path):
     finally:
         jax.config.update("jax_enable_x64", True)
     assert not traces and not (tmp_path / "s").exists()
+
+
+# Sweeps
+
+
+def cells_around(trial):
+    return [dataclasses.replace(trial, width=k, samples=n) for k, n in ((900, 10), (700, 10), (900, 12))]
+
+
+def test_a_cell_is_a_study_of_its_own(trial):
+    cells = cells_around(trial)
+    sweep = run_sweep(cells, key=KEY, trials=6, batch=4)
+    assert dict(sweep.sizes) == {"cell": 3, "trial": 6}
+    assert sweep["width"].values.tolist() == [900, 700, 900] and sweep["samples"].values.tolist() == [10, 10, 12]
+    for cell, study_ in zip(cells, studies(sweep), strict=True):
+        assert study_.attrs["trial"] == cell.to_json()
+        key = key_from_json(study_.attrs["key"])
+        assert same(study_, run_study(cell, key=key, trials=6))
+    assert len(np.unique(sweep["margin"])) == 18  # no cell repeats another's numbers
+
+
+def test_a_cell_does_not_depend_on_the_others(trial):
+    cells = cells_around(trial)
+    whole, part = run_sweep(cells, key=KEY, trials=5), run_sweep(cells[::-2], key=KEY, trials=5)
+    for i, j in ((0, 1), (2, 0)):
+        assert same(studies(whole)[i], studies(part)[j])
+    other = run_sweep(cells, key=jr.key(6), trials=5)
+    assert not np.isin(other["margin"].values, whole["margin"].values).any()
+
+
+def test_cells_share_a_program_unless_it_is_dear(fresh):
+    trial, traces = fresh
+    cells = [dataclasses.replace(trial, neurons=4, width=k, samples=n) for k, n in ((16, 50), (32, 20), (8, 40))]
+    run_sweep(cells, key=KEY, trials=6, batch=3)
+    assert len(traces.programs) == 1 and {sizes.slots.samples for sizes in traces} == {50}
+    assert {sizes.slots.width for sizes in traces} == {32}
+    wide = dataclasses.replace(trial, neurons=4, width=300, samples=200)
+    run_sweep([*cells, wide], key=KEY, trials=6, batch=3)
+    assert len(traces.programs) == 2  # 160 positions in place of 50 would be ten times as dear
+
+
+def test_a_sweep_is_kept_cell_by_cell_and_grows(fresh, tmp_path):
+    trial, _ = fresh
+    cells = cells_around(trial)
+    first_two = run_sweep(cells[:2], key=KEY, trials=4, path=tmp_path, batch=2)
+    assert load(tmp_path)["margin"].equals(first_two["margin"])
+    done = []
+    whole = run_sweep(cells, key=KEY, trials=4, path=tmp_path, batch=2, progress=lambda n, _: done.append(n))
+    assert done == [8, 10, 12]  # what is there is not run again
+    assert same(whole.isel(cell=[0, 1]), first_two) and same(whole, run_sweep(cells, key=KEY, trials=4, batch=2))
+    assert len(list(tmp_path.glob("cell-*/study.nc"))) == 3
+    more = run_sweep(cells, key=KEY, trials=7, path=tmp_path, batch=2)
+    assert same(more.isel(trial=slice(4)), whole)
+    with pytest.raises(ValueError, match="another key"):
+        run_sweep(cells, key=jr.key(0), trials=4, path=tmp_path)
+
+
+def test_an_interrupted_sweep_keeps_what_it_has(trial, tmp_path):
+    cells = cells_around(trial)
+
+    def stop(done, counts):
+        if done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(cells, key=KEY, trials=40, path=tmp_path, batch=2, progress=stop)
+    kept = sum(load(file)["verdict"].size for file in tmp_path.glob("cell-*/study.nc"))
+    assert kept >= 6
+    assert same(run_sweep(cells, key=KEY, trials=40, path=tmp_path), run_sweep(cells, key=KEY, trials=40))
+
+
+@pytest.mark.parametrize("cells", [[], [QUICK, QUICK]])
+def test_a_sweep_needs_different_cells(cells):
+    with pytest.raises(ValueError, match="no two that are equal"):
+        run_sweep(cells, key=KEY, trials=3)
 
 
 # Again
