@@ -11,11 +11,11 @@ neurons; it is followed to log loss −1000. Each is a key, `fold_in(key(seed), 
 
 Two cores, float64, November 2026. 10,000 trials, at most 20,000 attempts, in 843 s: 9,228 reached log loss −1000, 771
 stalled, 1 met the limit (99.99 % reached or stalled). Of those that reached, median 963 attempts and 328 events, 1,462
-and 564 at 99 %, 2,104 and 961 at most. Drift of v² − w² − b² at most 2.8e-16 ρ², log L never rose by more than 6.0e-8 in
-a step, log t follows its law to 2.4e-4 of itself. 128 trials reached it after more than τ = 10⁶ at a positive loss, the
-last after τ = 2·10²¹⁴: a flow that seems to stand still has not failed yet. The one left open, trial 4301, flickers: two
-breakpoints cross one point to and fro at τ = 1.3·10¹⁰, as weights that were light settle to different values on its two
-sides (`tests/test_slow.py` keeps it).
+and 564 at 99 %, 2,104 and 961 at most. Drift of v² − w² − b² at most 2.8e-16 ρ², log L never rose by more than 6.0e-8
+in a step, log t follows its law to 2.4e-4 of itself. 128 trials reached it after more than τ = 10⁶ at a positive loss,
+the last after τ = 2·10²¹⁴: a flow that seems to stand still has not failed yet. The one left open, trial 4301,
+flickers: two breakpoints cross one point to and fro at τ = 1.3·10¹⁰, as weights that were light settle to different
+values on its two sides (`tests/test_slow.py` keeps it).
 
 1,000 points, 64 neurons: of 8 trials 7 reached −1000, median 11,152 attempts and 9,600 events, 1 stalled. 5,000
 points: of 2 trials one reached −1000 in 36,717 attempts with 43,073 events, one stalled. 50 points, 512 neurons: 32 of

@@ -249,8 +249,8 @@ def _run(
 def _shared_slots(trials: Sequence[Trial]) -> list[Slots]:
     """The sizes of each trial's arrays: the largest of those that share a program with it.
 
-    A step's cost goes like the square of the positions in the Jacobian, a compilation costs as much as about 150 trials.
-    So trials share one as long as that makes none of them more than about twice as dear.
+    A step's cost goes like the square of the positions in the Jacobian, and compiling costs as much as some 150
+    trials. So trials share one as long as that makes none of them more than about twice as dear.
     """
 
     def positions(slots: Slots) -> int:
