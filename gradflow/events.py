@@ -166,6 +166,13 @@ def look_ahead(
     mass = jnp.minimum(1, weight * jnp.sum(jnp.exp(points.log_count)))
     matters |= ~mode.sliding & (jnp.abs(last.v) * depth * mass > 0.1 * tolerance.margin)
 
+    # One that would stick has to be put on its ray, so it has to get there, unless it is near enough as it is.
+    nearer = jnp.where(hit[1], ray[1], ray[0])
+    sides = side_velocities(field, last, end, nearer)
+    sticks = (sides.inactive > 0) & (sides.active < 0) & (jnp.where(hit[1], value[0, 1], value[0, 0]) > 0)
+    most = jnp.minimum(tolerance.size(last), tolerance.reach(last, points))
+    matters |= ~mode.sliding & jnp.any(hit, axis=0) & sticks & (depth > most)
+
     crossing = cross(field, first, last, start, end, step, cell, weight, depth, tolerance.size(last), tolerance.rtol)
     passes = matters & crossing.harmless
     enough = jnp.where(crossing.enough >= jnp.maximum(jnp.min(root, axis=0), 0.05), crossing.enough, 0)
