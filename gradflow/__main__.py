@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import gradflow
-from gradflow.archive import FILE, SWEEP, studies
-from gradflow.claim import CONFIDENCE, DELTA
+from gradflow.archive import FILE, studies, sweep_name
+from gradflow.claim import CONFIDENCE, DELTA, check_levels
 from gradflow.data import Dataset
 from gradflow.design import around, thorough
 from gradflow.flow import integrate
@@ -56,11 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 def study(arguments: argparse.Namespace) -> None:
     """The verb `study`: draw, integrate, judge; print the claims; write the dataset and the figure."""
     trial = Trial(**{name: getattr(arguments, name) for name in TRIAL_OPTIONS})
-    if not 0 < arguments.confidence < 1:
-        raise ValueError(f"--confidence must lie strictly between 0 and 1, got {arguments.confidence}")
-    if not 0 < arguments.delta < 1:
-        raise ValueError(f"--delta must lie strictly between 0 and 1, got {arguments.delta}")
-    directory = arguments.path or default_folder(trial, arguments.key)
+    check_levels(arguments.confidence, arguments.delta)
+    directory = arguments.path or default_folder(trial, arguments.key, arguments.sweep)
     cells = SWEEPS[arguments.sweep](trial)
     trials = TRIALS[arguments.sweep] if arguments.trials is None else arguments.trials
     with tqdm(total=trials * len(cells), unit="trial", desc="compiling", disable=None) as bar:
@@ -74,7 +71,10 @@ def study(arguments: argparse.Namespace) -> None:
         if arguments.sweep == "none":
             dataset, file = run_study(trial, key=key, trials=trials, path=directory, progress=progress), FILE
         else:
-            dataset, file = run_sweep(cells, key=key, trials=trials, path=directory, progress=progress), SWEEP
+            dataset, file = (
+                run_sweep(cells, key=key, trials=trials, path=directory, progress=progress),
+                sweep_name(cells),
+            )
     figures = [directory / "study.png"]
     study_figure(studies(dataset)[0], arguments.confidence, arguments.delta).savefig(figures[0], dpi=DPI)
     if arguments.sweep != "none":
@@ -228,10 +228,10 @@ def _line_numbers(numbers: list[int], limit: int = 5) -> str:
     return f"line{'s' if len(numbers) > 1 else ''} {shown}"
 
 
-def default_folder(trial: Trial, key: int) -> Path:
-    """A folder of its own for every trial and key, so that a study is resumed and never mixed with another."""
+def default_folder(trial: Trial, key: int, sweep: str) -> Path:
+    """A folder of its own for every trial, key and sweep, so that a study is resumed and never mixed with another."""
     name = hashlib.sha256(f"{trial.to_json()} {key}".encode()).hexdigest()[:8]
-    return Path("runs") / f"study-{name}"
+    return Path("runs") / f"{'study' if sweep == 'none' else sweep}-{name}"
 
 
 TRIAL_OPTIONS = (

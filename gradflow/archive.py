@@ -5,6 +5,7 @@ A plain `xarray.Dataset` along the dimension `trial`, stamped with all it takes 
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -24,11 +25,12 @@ from gradflow.outcome import STATUSES
 from gradflow.record import Verdict
 from gradflow.trial import Trial
 
-FILE, SWEEP = "study.nc", "sweep.nc"
+FILE = "study.nc"
 _ATTRIBUTES = {"trial", "key", "versions", "backend", "dtype", "created", "seconds", "history"}
 _VERDICTS = {verdict.value: verdict.name for verdict in Verdict}
 _BOOL = {0: "no", 1: "yes"}
-_STAMPS = ("trial", "key", "created", "seconds", "history")  # attributes in which the studies of a sweep differ
+# Attributes in which the studies of a sweep may differ.
+_STAMPS = ("trial", "key", "versions", "backend", "dtype", "created", "seconds", "history")
 # What the cells of a sweep are told apart by.
 _SETTINGS = {
     "neurons": "teacher neurons r",
@@ -173,11 +175,17 @@ def write(dataset: xr.Dataset, file: pathlib.Path) -> None:
 def load(path: str | os.PathLike) -> xr.Dataset:
     """The study or sweep kept in the directory `path` (or in the file `path`), in memory.
 
-    **Raises** `FileNotFoundError` if there is none, and `ValueError`, naming the file, if it is torn or neither.
+    **Raises** `FileNotFoundError` if there is none, and `ValueError`, naming files, if it is torn or neither, if the
+    directory holds several, and for a sweep that is not finished.
     """
     file = pathlib.Path(path)
     if file.is_dir():
-        file = file / (SWEEP if (file / SWEEP).exists() else FILE)
+        found = [*file.glob(FILE), *sorted(file.glob("sweep-*.nc"))]
+        if len(found) > 1:
+            raise ValueError(f"{file} holds several; load one of {', '.join(str(one) for one in found)}")
+        if not found and any(file.glob(f"cell-*/{FILE}")):
+            raise ValueError(f"{file} holds an unfinished sweep; run it again with the same cells, and it goes on")
+        file = found[0] if found else file / FILE
     content = file.read_bytes()
     try:
         dataset = xr.load_dataset(io.BytesIO(content), engine="scipy")
@@ -212,12 +220,25 @@ def gathered(cells: Sequence[xr.Dataset], key) -> xr.Dataset:
     )
 
 
+def sweep_name(trials: Sequence[Trial]) -> str:
+    """The file of a sweep of these cells: another sweep in the same directory has another one."""
+    return f"sweep-{hashlib.sha256(' '.join(trial.to_json() for trial in trials).encode()).hexdigest()[:8]}.nc"
+
+
 def studies(dataset: xr.Dataset) -> list[xr.Dataset]:
-    """The cells of a sweep, or of a selection of it, as the studies they are; a study is its own only cell."""
+    """The cells of a sweep, or of a selection of cells or trials of it, as the studies they are; a study is its own
+    only cell.
+
+    **Raises** `ValueError` for a selection that leaves no cell, or no dimension `trial`, and for one laid out anew.
+    """
+    if "trial" not in dataset.dims or dataset.sizes.get("cell") == 0:
+        raise ValueError("this is no study or sweep: keep the dimension trial, such as isel(trial=[3]), and some cell")
     if "cell" in dataset.dims:
         return [study for i in range(dataset.sizes["cell"]) for study in studies(dataset.isel(cell=i))]
-    if "study_trial" not in dataset.coords:
+    if "trial" in dataset.attrs:
         return [dataset]
+    if "study_trial" not in dataset.coords or dataset["study_trial"].ndim:
+        raise ValueError("these are not the cells of a sweep; take it as run_sweep returned it")
     stamp = {name: dataset[f"study_{name}"].item() for name in _STAMPS}
     study = dataset.drop_vars([*_SETTINGS, *(f"study_{name}" for name in _STAMPS)])
     return [study.assign_attrs(title="gradflow study", **stamp)]

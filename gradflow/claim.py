@@ -50,6 +50,13 @@ class Claim(NamedTuple):
     note: str
 
 
+def check_levels(confidence: float, delta: float) -> None:
+    """**Raises** `ValueError` unless both are probabilities that leave digits for what is computed from them."""
+    for name, value in (("confidence", confidence), ("delta", delta)):
+        if not 1e-9 <= value <= 1 - 1e-9:
+            raise ValueError(f"{name} must lie strictly between 0 and 1, by 1e-9 at least, got {value}")
+
+
 def decide(measured: Estimate, least: float = -math.inf, most: float = math.inf) -> str:
     """What an interval says about a number that should lie between `least` and `most`."""
     if measured.low >= least and measured.high <= most:
@@ -138,12 +145,12 @@ def margin_never_falls(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA, 
 
 
 def limit_is_optimal(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> Claim:
-    """The limit is the global maximum-margin classifier. Among certified limits only: what training that failed would
+    """The limit is the global maximum-margin classifier. Among trainings that did not fail: what those that did would
     have found, nobody can say. (The theory says KKT point, which need not be one.)
     """
-    note = "among certified limits, to 1e-8 in the margin"
-    cells = [cell.isel(trial=np.flatnonzero(has_limit(cell))) for cell in studies(dataset)]
-    return probable("limit is the global optimum", cells, coded("optimum_verdict"), confidence, delta, note)
+    note = "where training did not fail, to 1e-8 in the margin"
+    counted = coded("optimum_verdict")
+    return probable("limit is the global optimum", _not_failed(dataset), counted, confidence, delta, note)
 
 
 # Counting
@@ -215,5 +222,9 @@ def _near(name, dataset, variable, within, confidence, delta, note) -> Claim:
         known = cell["separated"].values & np.isfinite(value)
         return known & (value <= within), known & (value > within)
 
-    went_on = [c.isel(trial=c["accuracy_verdict"].values != Verdict.fails.value) for c in studies(dataset)]
-    return probable(name, went_on, counted, confidence, delta, note)
+    return probable(name, _not_failed(dataset), counted, confidence, delta, note)
+
+
+def _not_failed(dataset: xr.Dataset) -> list[xr.Dataset]:
+    """The cells, without trials whose training failed; those that may have are kept, and unresolved."""
+    return [cell.isel(trial=cell["accuracy_verdict"].values != Verdict.fails.value) for cell in studies(dataset)]

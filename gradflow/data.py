@@ -48,8 +48,12 @@ class Dataset(eqx.Module):
 
     def padded(self, count: int | Int[Array, ""]) -> "Dataset":
         """The first `count` points, which may be traced, in arrays of this size: the others repeat the first, and have
-        no part in the mean loss.
+        no part in the mean loss. **Raises** `ValueError` unless `count` is 1 … n, and if there is padding already.
         """
+        if self.count is not None:
+            raise ValueError("these data are padded already")
+        if is_concrete(count) and (int(count) != count or not 1 <= count <= self.x.shape[0]):
+            raise ValueError(f"count must be a whole number from 1 to {self.x.shape[0]}, got {count}")
         real = jnp.arange(self.x.shape[0]) < count
         x, y = jnp.where(real, self.x, self.x[0]), jnp.where(real, self.y, self.y[0])
         return eqx.tree_at(

@@ -1,7 +1,8 @@
 """Which experiments decide the claims: the cells of a sweep around one trial.
 
-Along r, everything else goes in proportion: k and n like r, as many label switches as neurons (or as r neurons can
-realise, which is fewer for r < 4), and the least probability of a label run so that short runs get equally many points.
+Along r, everything else goes in proportion: k, n and the number of label switches like r (or as many switches as r
+neurons can realise, which is fewer for r < 4), and the least probability of a label run so that short runs get equally
+many points.
 """
 
 import dataclasses
@@ -16,10 +17,11 @@ from gradflow.trial import Trial
 def scaled(trial: Trial, neurons: int, ratio: Fraction = Fraction(1)) -> Trial:
     """`trial` for another r, with k times `ratio`, in proportion."""
     factor = Fraction(neurons, trial.neurons)
-    switches, min_run = None, trial.min_run
-    if trial.switches is not None:
+    switches, min_run = trial.switches, trial.min_run
+    if trial.switches:
         switches = min(max_switches(neurons), max(1, round(trial.switches * factor)))
-        min_run = trial.min_run * (trial.switches + 1) / (switches + 1)
+        if switches != trial.switches:
+            min_run *= (trial.switches + 1) / (switches + 1)
     return dataclasses.replace(
         trial,
         neurons=neurons,
@@ -31,8 +33,8 @@ def scaled(trial: Trial, neurons: int, ratio: Fraction = Fraction(1)) -> Trial:
 
 
 def around(trial: Trial) -> list[Trial]:
-    """A small sweep, of 7 cells: `trial` first; half and twice its n; and r and 2 r, each with a half and a quarter of
-    the k in proportion, so that all fit into one program.
+    """A small sweep, of 7 cells for the default trial, which comes first; half and twice its n; and r and 2 r, each
+    with a half and a quarter of the k in proportion, so that all fit into one program.
     """
     samples = [dataclasses.replace(trial, samples=n) for n in (max(trial.samples // 2, 1), 2 * trial.samples)]
     narrow = [scaled(trial, r, Fraction(1, c)) for r in (trial.neurons, 2 * trial.neurons) for c in (2, 4)]

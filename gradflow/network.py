@@ -114,8 +114,10 @@ class ReluNetwork(eqx.Module):
         """
         if scheme not in SCHEMES:
             raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(map(repr, SCHEMES))}")
-        if is_concrete(width) and not 1 <= width <= (width if slots is None else slots):
-            raise ValueError(f"width must be at least 1{f' and at most {slots}' if slots else ''}, got {width}")
+        if is_concrete(width) and (int(width) != width or not 1 <= width <= (width if slots is None else slots)):
+            raise ValueError(
+                f"width must be a whole number of at least 1{f' and at most {slots}' if slots else ''}, got {width}"
+            )
         if is_concrete(scale) and not (np.greater(scale, 0) and np.isfinite(scale)):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         dtype = jnp.result_type(dtype)

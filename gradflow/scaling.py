@@ -63,11 +63,13 @@ def width_suffices(sweep: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> Cla
     **Raises** `ValueError` unless the cells differ in r, with n in proportion, and in k, with some k/r at several r.
     """
     ratios: dict[Fraction, dict[int, xr.Dataset]] = {}
-    for cell in studies(sweep):
+    cells = studies(sweep)
+    for cell in cells:
         trial = trial_of(cell)
         ratios.setdefault(Fraction(trial.width, trial.neurons), {})[trial.neurons] = cell
     sizes = max(map(set, ratios.values()), key=len)
-    if len({proportional_but_width(trial_of(cell)) for cell in studies(sweep)}) > 1 or len(sizes) < 2:
+    kinds = {proportional_but_width(trial_of(cell)) for cell in cells}
+    if len(kinds) > 1 or len(sizes) < 2 or sum(map(len, ratios.values())) < len(cells):
         raise ValueError("the cells must differ in r, with n in proportion, and in k, with some k/r at several r")
     whole = {c: [group[r] for r in sorted(sizes)] for c, group in ratios.items() if sizes <= group.keys()}
     inner = 1 - (1 - confidence) / sum(len(group) for group in whole.values())
@@ -134,12 +136,21 @@ def family(sweep: xr.Dataset, kind: Callable[[Trial], object], along: str) -> xr
     none if there are not two.
     """
     trials = [trial_of(cell) for cell in studies(sweep)]
-    groups: dict[object, list[int]] = {}
-    for i, trial in enumerate(trials):
-        groups.setdefault(kind(trial), []).append(i)
-    most = max(groups.values(), key=lambda group: len({getattr(trials[i], along) for i in group}))
-    several = len({getattr(trials[i], along) for i in most}) > 1
-    return sweep.isel(cell=most) if several else None
+    groups: dict[object, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(kind(trial), []).append(trial)
+    most = max(groups.values(), key=lambda group: len({getattr(trial, along) for trial in group}))
+    several = len({getattr(trial, along) for trial in most}) > 1
+    return alike(sweep, kind, most[0]) if several else None
+
+
+def alike(sweep: xr.Dataset, kind: Callable[[Trial], object], trial: Trial) -> xr.Dataset:
+    """The cells of the kind that `trial` is; of several with the same r, k and n the first."""
+    found: dict[tuple[int, int, int], int] = {}
+    for i, cell in enumerate(studies(sweep)):
+        if kind(other := trial_of(cell)) == kind(trial):
+            found.setdefault((other.neurons, other.width, other.samples), i)
+    return sweep.isel(cell=list(found.values()))
 
 
 def all_but(*names: str) -> Callable[[Trial], object]:
@@ -152,9 +163,9 @@ def all_but(*names: str) -> Callable[[Trial], object]:
 
 
 def proportional_but_width(trial: Trial):
-    """What a trial is, but for r and its label runs, with n relative to r."""
+    """What a trial is, but for r and the runs of its labels, with n relative to r."""
     rest = all_but("neurons", "switches", "min_run", "width", "samples")(trial)
-    return rest, Fraction(trial.samples, trial.neurons)
+    return rest, Fraction(trial.samples, trial.neurons), trial.switches is None, trial.switches == 0
 
 
 def proportional(trial: Trial):
@@ -193,6 +204,8 @@ def _exponent(cells, along: str, ends: Sequence[Estimate], confidence) -> Estima
     def power(a, b):
         if math.isnan(a) or math.isnan(b):
             return math.nan
+        if a == b and (a <= 0 or a == math.inf):
+            return math.nan  # 0 over 0, or nothing known of either
         if a <= 0 or b == math.inf:
             return -math.inf
         return math.inf if b <= 0 or a == math.inf else math.log(a / b) / reach

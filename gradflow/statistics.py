@@ -134,7 +134,7 @@ def estimate_quantile(values, quantile, confidence=0.99, *, unresolved=0) -> Est
     optimistic = np.concatenate([np.full(unresolved, -np.inf), values])
     low = optimistic[first - 1] if first >= 1 else -np.inf
     high = pessimistic[last - 1] if last <= trials else np.inf
-    middle = pessimistic[min(math.ceil(quantile * trials), trials) - 1]
+    middle = pessimistic[min(math.ceil(quantile * trials - 1e-9), trials) - 1]
     return Estimate(float(middle), float(low), float(high), float(confidence))
 
 

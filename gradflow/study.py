@@ -28,15 +28,16 @@ import xarray as xr
 
 from gradflow.archive import (
     FILE,
-    SWEEP,
     VARIABLES,
     assemble,
     gathered,
     key_from_json,
+    load,
     previous,
     provenance,
     save,
     studies,
+    sweep_name,
     write,
 )
 from gradflow.outcome import Flow
@@ -101,7 +102,7 @@ def run_sweep(
 
     - `cells`: the experiments, all different;
     - `path`: a directory to keep the sweep in: each cell as a study in a folder of its own, so that cells can be added
-      and what is there is never run again, and all of it as `sweep.nc`.
+      and what is there is never run again, and all of it as `sweep-….nc`, named after its cells.
 
     **Returns** a dataset with the fields of `Record` along `cell` and `trial`, and what the cells are as coordinates of
     `cell`: `dataset.set_index(cell=["width", "samples"]).unstack("cell")` lays them out as a grid.
@@ -115,6 +116,8 @@ def run_sweep(
     if not cells or len(set(cells)) < len(cells):
         raise ValueError(f"a sweep takes at least one cell, and no two that are equal; got {len(cells)}")
     folder = None if path is None else pathlib.Path(path)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(f"path must be a directory, and {folder} is a file")
     work = []
     for trial in cells:
         name = hashlib.sha256(trial.to_json().encode()).hexdigest()[:8]
@@ -122,7 +125,9 @@ def run_sweep(
         work.append((trial, jr.fold_in(key, int(name, 16)), file))
     sweep = gathered(_run(work, trials, batch, progress), key)
     if folder is not None:
-        write(sweep, folder / SWEEP)
+        file = folder / sweep_name(cells)
+        if not file.exists() or load(file).sizes["trial"] < sweep.sizes["trial"]:
+            write(sweep, file)
     return sweep
 
 

@@ -1,6 +1,7 @@
 """Figures of a sweep: when training succeeds, how regions grow with r, and how the error falls with n.
 
-As in `plot.py`, every function draws on the `ax` it is given and returns the artists it drew.
+As in `plot.py`, every function draws on the `ax` it is given and returns the artists it drew. Where a sweep has no
+cells to compare it draws the first.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from gradflow.archive import studies
 from gradflow.claim import CONFIDENCE, DELTA, coded, estimated, has_limit, tally, trial_of
 from gradflow.plot import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SIZE, VERMILLION, finish
-from gradflow.scaling import all_but, family, proportional, proportional_but_width, quantile_of
+from gradflow.scaling import alike, all_but, family, proportional, proportional_but_width, quantile_of
 from gradflow.theory import generalisation_bound
 
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, BLACK)
@@ -52,9 +53,10 @@ def success_against_width(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
 
     Dotted: 1 − `delta`.
     """
-    cells = family(sweep, proportional_but_width, "neurons")
+    neurons = family(sweep, proportional, "neurons")
+    cells = None if neurons is None else alike(sweep, proportional_but_width, trial_of(studies(neurons)[0]))
     sizes: dict[int, list[xr.Dataset]] = {}
-    for cell in studies(sweep if cells is None else cells):
+    for cell in studies(sweep)[:1] if cells is None else studies(cells):
         sizes.setdefault(trial_of(cell).neurons, []).append(cell)
     artists: list[Artist] = [ax.axhline(1 - delta, color=BLACK, lw=1.0, ls=":")]
     ratios: set[float] = set()
@@ -80,7 +82,7 @@ def regions_against_neurons(ax: Axes, sweep: xr.Dataset, confidence: float = CON
     interval, their mean, and the least possible, as many as label switches in the sample.
     """
     group = family(sweep, proportional, "neurons")
-    cells = sorted(studies(sweep if group is None else group), key=lambda cell: trial_of(cell).neurons)
+    cells = sorted(studies(sweep)[:1] if group is None else studies(group), key=lambda cell: trial_of(cell).neurons)
     x = np.array([trial_of(cell).neurons for cell in cells], float)
     parts = [quantile_of(cell, "regions", 1 - delta, confidence) for cell in cells]
     found = [cell["regions"].values[has_limit(cell)] for cell in cells]
@@ -104,7 +106,7 @@ def error_against_samples(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
     Dashed: r/n; dotted: our VC bound for the median number of regions, where it is below 1.
     """
     group = family(sweep, all_but("samples"), "samples")
-    cells = sorted(studies(sweep if group is None else group), key=lambda cell: trial_of(cell).samples)
+    cells = sorted(studies(sweep)[:1] if group is None else studies(group), key=lambda cell: trial_of(cell).samples)
     x = np.array([trial_of(cell).samples for cell in cells], float)
     high, middle = ([quantile_of(cell, "population_error", q, confidence) for cell in cells] for q in (1 - delta, 0.5))
     artists = _with_intervals(ax, x, high, 0, f"{1 - delta:.0%} quantile") + _with_intervals(ax, x, middle, 1, "median")

@@ -8,6 +8,7 @@ from gradflow.claim import (
     CONFIDENCE,
     DELTA,
     Claim,
+    check_levels,
     error_is_bounded,
     has_limit,
     limit_is_optimal,
@@ -21,6 +22,7 @@ from gradflow.claim import (
 )
 from gradflow.outcome import STATUSES, Status
 from gradflow.scaling import (
+    alike,
     all_but,
     error_falls_with_samples,
     family,
@@ -39,6 +41,7 @@ def claims(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> list[Clai
     something), and each of the others about the most cells that it can compare, those with the first if there is a
     choice. Which cells these are does not depend on the outcome.
     """
+    check_levels(confidence, delta)
     first = studies(dataset)[0]
     found = [
         training_succeeds(first, confidence, delta),
@@ -56,8 +59,7 @@ def claims(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> list[Clai
         found.append(error_falls_with_samples(sizes, confidence, 1 - delta))
     if (neurons := family(dataset, proportional, "neurons")) is not None:
         found.append(regions_grow_linearly(neurons, confidence, 1 - delta))
-        widths = family(dataset, proportional_but_width, "neurons")
-        assert widths is not None  # as it holds `neurons`
+        widths = alike(dataset, proportional_but_width, trial_of(studies(neurons)[0]))
         found.append(width_suffices(widths, confidence, delta))
     return found
 

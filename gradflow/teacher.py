@@ -90,8 +90,10 @@ class Teacher(eqx.Module):
         Point i depends on (`key`, i) only. With `slots`, the data are padded to this many points, as by
         `Dataset.padded`, and `samples` may be traced.
         """
-        if is_concrete(samples) and not 1 <= samples <= (samples if slots is None else slots):
-            raise ValueError(f"samples must be at least 1{f' and at most {slots}' if slots else ''}, got {samples}")
+        if is_concrete(samples) and (int(samples) != samples or not 1 <= samples <= (slots or samples)):
+            raise ValueError(
+                f"samples must be a whole number of at least 1{f' and at most {slots}' if slots else ''}, got {samples}"
+            )
         law = Uniform() if distribution is None else distribution
         if slots is None:
             x = law.sample(key, int(samples))

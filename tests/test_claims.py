@@ -13,9 +13,10 @@ from scipy.stats import binom
 
 from gradflow import claim as claims
 from gradflow import scaling
-from gradflow.archive import load, studies, write
+from gradflow.archive import load, studies, sweep_name, write
 from gradflow.design import around, thorough
 from gradflow.statistics import Estimate, estimate_probability, estimate_quantile
+from gradflow.sweep_plot import sweep_figure
 from gradflow.table import claims as all_claims
 from gradflow.table import summary
 from gradflow.theory import generalisation_bound, region_bound
@@ -229,6 +230,109 @@ def test_cells_that_do_not_compare_are_refused():
     assert scaling.family(odd, scaling.all_but("samples"), "samples") is None
 
 
+def test_cells_are_judged_at_the_confidence_of_all_together():
+    """Bonferroni: each of the cells that a claim compares has its share of 1 − confidence."""
+    counts = {25: 380, 50: 372, 100: 360}
+    sweep = along_samples([counts[n] / MANY for n in (25, 50, 100)])
+    parts = [estimate_probability(s, MANY, 1 - 0.01 / 3) for s in counts.values()]
+    found = scaling.success_does_not_depend_on_samples(sweep).measured
+    low, high = [p.low for p in parts], [p.high for p in parts]
+    assert (found.low, found.high) == (max(0, max(low) - min(high)), max(high) - min(low))
+    worst = claims.training_succeeds(sweep).measured
+    assert (worst.low, worst.high) == (min(low), min(high))
+
+    widths = along_neurons(success=lambda r, ratio: 0.9, ratios=(4, 8))
+    expected = estimate_probability(360, MANY, 1 - 0.01 / 6)
+    found = scaling.width_suffices(widths).measured
+    assert (found.low, found.high) == (expected.low, expected.high)
+
+    error = np.linspace(0.01, 0.4, MANY)
+    falls = scaling.error_falls_with_samples(along_samples((1, 1, 1), population_error={n: error for n in counts}))
+    end = estimate_quantile(error, 0.9, 1 - 0.01 / 2)
+    assert falls.measured.low == pytest.approx(float(np.log(end.low / end.high) / np.log(4)))
+    regions = np.arange(1, MANY + 1)
+    sweep = planted.sweep(
+        *(planted.study(Trial(neurons=r, switches=r, width=8 * r, samples=10 * r, min_run=0.01), MANY, regions=regions)
+          for r in (4, 8))
+    )  # fmt: skip
+    end = estimate_quantile(regions, 0.9, 1 - 0.01 / 2)
+    assert scaling.regions_grow_linearly(sweep).measured.high == pytest.approx(np.log2(end.high / end.low))
+
+
+def test_unresolved_trials_widen_what_is_said_of_quantiles():
+    error = np.linspace(0.01, 0.4, MANY)
+    sure = scaling.error_falls_with_samples(
+        along_samples((1, 1, 1), population_error={n: error for n in (25, 50, 100)})
+    )
+    cells = []
+    for n in (25, 50, 100):
+        outcome = ["holds"] * (MANY - 20) + ["unresolved"] * 10 + ["fails"] * 10
+        trial = dataclasses.replace(TRIAL, samples=n)
+        cells.append(planted.study(trial, MANY, population_error=error, accuracy_verdict=outcome))
+    open_ = scaling.error_falls_with_samples(planted.sweep(*cells))
+    end = estimate_quantile(error[:-20], 0.9, 1 - 0.01 / 2, unresolved=10)
+    assert open_.measured.low == pytest.approx(float(np.log(end.low / end.high) / np.log(4)))
+    assert open_.measured.low < sure.measured.low
+    lost = planted.study(TRIAL, MANY, limit_status=[0] * 100 + [3] * 300, optimum_verdict=share(100, 0, 300))
+    assert claims.limit_is_optimal(lost).verdict == "undecided" and claims.limit_is_optimal(lost).unresolved == 300
+
+
+@pytest.mark.parametrize("switches", [0, 1, 2, 3, 4, 5, None])
+@pytest.mark.parametrize("min_run", [0.0, 0.05, 0.09])
+def test_every_claim_can_be_decided_around_any_trial(switches, min_run):
+    """A default of this design once compared cells with other switches, and gave up on 2 switches by a last digit."""
+    for trial in (Trial(switches=switches, min_run=min_run), Trial(5, 40, 50, switches, min_run)):
+        for design, number in ((around, 7), (thorough, 36)):
+            cells = design(trial)
+            assert cells[0] == trial and len(set(cells)) == len(cells) <= number
+            if switches is not None:
+                assert {c.switches for c in cells if c.neurons == trial.neurons} == {switches}
+                assert (switches == 0) == all(c.switches == 0 for c in cells)
+            sweep = planted.sweep(*(planted.study(cell, 2, population_error=0.01) for cell in cells))
+            assert len(all_claims(sweep)) == 12
+            sweep_figure(sweep)
+
+
+def test_the_thorough_sweep_has_the_sizes_it_promises():
+    cells = thorough(TRIAL)
+    of = {kind: scaling.family(planted.sweep(*(planted.study(c, 1) for c in cells)), kind, along)
+          for kind, along in ((scaling.all_but("samples"), "samples"), (scaling.proportional, "neurons"))}  # fmt: skip
+    samples, neurons = of.values()
+    assert sorted(samples["samples"].values.tolist()) == [25, 50, 100, 200, 400]
+    assert sorted(neurons["neurons"].values.tolist()) == [4, 6, 8, 12] and set(neurons["width"].values) == {
+        32,
+        48,
+        64,
+        96,
+    }
+    assert {cell.scheme for cell in cells} == {"balanced", "gaussian", "he", "sphere"}
+    assert any(cell.width + 1 > region_bound(cell.neurons) for cell in cells)
+
+
+def test_which_cells_are_compared_does_not_depend_on_their_order():
+    """Cells that differ in min_run too: the first of them counts, and the others are refused by the claim itself."""
+
+    def cell(r, k, min_run, good):
+        trial = Trial(neurons=r, switches=r, width=k, samples=10 * r, min_run=min_run)
+        return planted.study(trial, MANY, accuracy_verdict=share(good, MANY - good))
+
+    cells = [cell(4, 16, 0.01, 400), cell(8, 32, 0.01, 400), cell(4, 32, 0.01, 400), cell(8, 64, 0.01, 400)]
+    with_another = planted.sweep(*cells, cell(4, 16, 0.02, 0))
+    assert [c.measured for c in all_claims(with_another)] == [c.measured for c in all_claims(planted.sweep(*cells))]
+    with pytest.raises(ValueError, match="cells must differ"):
+        scaling.width_suffices(with_another)
+
+
+def test_selections_that_are_no_sweep_say_so():
+    sweep = planted.sweep(*(planted.study(dataclasses.replace(TRIAL, width=k), 3) for k in (8, 16)))
+    grid = sweep.set_index(cell=["width", "samples"]).unstack("cell")
+    for odd in (sweep.isel(cell=[]), sweep.isel(trial=0), grid):
+        with pytest.raises(ValueError, match="sweep"):
+            summary(odd)
+    with pytest.raises(ValueError, match="by 1e-9 at least"):
+        summary(sweep, delta=1e-17)
+
+
 # How often they are wrong
 
 
@@ -298,7 +402,7 @@ def test_a_claim_depends_on_the_outcome_and_its_cells_do_not():
 def test_a_sweep_is_kept_and_taken_apart(tmp_path):
     laws = [dataclasses.replace(TRIAL, switches=None, min_run=0.1), TRIAL]
     sweep = planted.sweep(*(planted.study(trial, 6) for trial in laws))
-    write(sweep, tmp_path / "sweep.nc")
+    write(sweep, tmp_path / sweep_name(laws))
     again = load(tmp_path)
     for found in (sweep, again, again.isel(cell=[1, 0]).isel(cell=[1, 0])):
         assert [claims.trial_of(study) for study in studies(found)] == laws

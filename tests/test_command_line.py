@@ -115,8 +115,9 @@ def test_many_bad_lines_are_counted_not_listed(tmp_path):
         (("study", "--quick", "--trials", "5"), "not allowed with"),
         (("study", "--switches", "9"), "label switches"),
         (("study", "--log-loss", "-3"), "unrecognized"),
-        (("study", "--confidence", "1"), "--confidence"),
-        (("study", "--delta", "0"), "--delta"),
+        (("study", "--confidence", "1"), "confidence"),
+        (("study", "--confidence", "0.9999999999999999"), "confidence"),
+        (("study", "--delta", "1e-17"), "delta"),
         (("study", "--sweep", "wide"), "invalid choice"),
         (("study", "--full", "--quick"), "not allowed with"),
         (("study", "--width", "many"), "invalid int"),
@@ -232,10 +233,10 @@ def test_study_sweeps_around_the_trial(tmp_path, monkeypatch, capsys, argv, cell
         trials = asked["trials"]
     assert (len(asked["cells"]), asked["trials"], asked["path"]) == (cells, trials, folder)
     assert asked["cells"][0] == Trial() and ">= 0.8" in out and f"in {cells} cells" in out
-    assert f"dataset  {folder / 'sweep.nc'}" in out
+    assert f"dataset  {folder / 'sweep-'}" in out
     assert sorted(file.name for file in folder.iterdir()) == ["study.png", "sweep.png"]
 
 
 def test_each_experiment_has_a_folder_of_its_own():
-    folders = {default_folder(trial, key) for trial in (Trial(), Trial(width=8), Trial()) for key in (0, 1)}
-    assert len(folders) == 4
+    trials, sweeps = (Trial(), Trial(width=8), Trial()), ("none", "around")
+    assert len({default_folder(trial, key, sweep) for trial in trials for key in (0, 1) for sweep in sweeps}) == 8

@@ -76,7 +76,7 @@ def test_unknown_schemes_and_widths_are_refused():
         ValueError, match="unknown scheme 'xavier'; choose one of 'balanced', 'gaussian', 'he', 'sphere'"
     ):
         gf.ReluNetwork.random(jr.key(0), scheme="xavier")
-    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="width must be a whole number of at least 1, got 0"):
         gf.ReluNetwork.random(jr.key(0), width=0)
 
 

@@ -8,6 +8,7 @@ key and compiles in no time; what is about numbers, on real trials that separate
 
 import dataclasses
 import functools
+import json
 import os
 
 import jax
@@ -120,7 +121,8 @@ def test_studies_need_float64(fresh, tmp_path):
 
 
 def cells_around(trial):
-    return [dataclasses.replace(trial, width=k, samples=n) for k, n in ((900, 10), (700, 10), (900, 12))]
+    settings = ((900, 10, 1.0), (700, 10, 3.0), (900, 12, 0.5))
+    return [dataclasses.replace(trial, width=k, samples=n, scale=s) for k, n, s in settings]
 
 
 def test_a_cell_is_a_study_of_its_own(trial):
@@ -171,6 +173,30 @@ def test_a_sweep_is_kept_cell_by_cell_and_grows(fresh, tmp_path):
         run_sweep(cells, key=jr.key(0), trials=4, path=tmp_path)
 
 
+def test_another_sweep_in_the_same_place_replaces_nothing(trial, tmp_path):
+    cells = cells_around(trial)
+    whole = run_sweep(cells, key=KEY, trials=6, path=tmp_path)
+    fewer = run_sweep(cells, key=KEY, trials=2, path=tmp_path)
+    assert same(fewer, whole.isel(trial=slice(2))) and load(tmp_path).sizes["trial"] == 6
+    run_sweep(cells[:1], key=KEY, trials=6, path=tmp_path)
+    with pytest.raises(ValueError, match="holds several"):
+        load(tmp_path)
+    assert sorted(load(file).sizes["cell"] for file in tmp_path.glob("sweep-*.nc")) == [1, 3]
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is a file"):
+        run_sweep(cells, key=KEY, trials=6, path=tmp_path / "file")
+
+
+def test_cells_keep_their_own_provenance(trial, tmp_path, monkeypatch):
+    cells = cells_around(trial)
+    run_sweep(cells[:1], key=KEY, trials=2, path=tmp_path)
+    monkeypatch.setattr("gradflow.__version__", "9.9.9")
+    versions = [
+        json.loads(cell.attrs["versions"]) for cell in studies(run_sweep(cells, key=KEY, trials=2, path=tmp_path))
+    ]
+    assert [v["gradflow"] == "9.9.9" for v in versions] == [False, True, True]
+
+
 def test_an_interrupted_sweep_keeps_what_it_has(trial, tmp_path):
     cells = cells_around(trial)
 
@@ -182,6 +208,8 @@ def test_an_interrupted_sweep_keeps_what_it_has(trial, tmp_path):
         run_sweep(cells, key=KEY, trials=40, path=tmp_path, batch=2, progress=stop)
     kept = sum(load(file)["verdict"].size for file in tmp_path.glob("cell-*/study.nc"))
     assert kept >= 6
+    with pytest.raises(ValueError, match="unfinished sweep"):
+        load(tmp_path)
     assert same(run_sweep(cells, key=KEY, trials=40, path=tmp_path), run_sweep(cells, key=KEY, trials=40))
 
 

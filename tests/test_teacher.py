@@ -249,7 +249,7 @@ def test_samples_are_labelled_and_nested():
     np.testing.assert_array_equal(data.x[:5], fewer.x)
     np.testing.assert_array_equal(data.x, law.sample(jr.key(2), 9))
     assert (jnp.abs(teacher.sample(jr.key(3), 50).x) <= 1).all()
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="samples must be a whole number of at least 1, got 0"):
         teacher.sample(jr.key(0), 0)
 
 
