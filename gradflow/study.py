@@ -183,7 +183,7 @@ def _run(
     on_cpu = jax.default_backend() == "cpu"
     batch = min(trials, _CPU_BATCH if on_cpu else _DEVICE_BATCH) if batch is None else _positive("batch", batch)
     values = [trial.values for trial, *_ in work]
-    slots = _shared_slots([trial for trial, *_ in work])
+    slots = _shared_slots([trial for trial, *_ in work], trials)
     cells = []
     for trial, key, file in work:
         old = None if file is None else previous(file, trial, key)
@@ -251,30 +251,32 @@ def _run(
     return [dataset.isel(trial=slice(trials)) for dataset in whole]
 
 
-def _shared_slots(trials: Sequence[Trial]) -> list[Slots]:
-    """The sizes of each trial's arrays: the largest of those that share a program with it.
+def _shared_slots(cells: Sequence[Trial], trials: int) -> list[Slots]:
+    """The sizes of each cell's arrays: the largest of those that share a program with it.
 
-    A step's cost goes like the square of the positions in the Jacobian, and compiling costs as much as some 150
-    trials. So trials share one as long as that makes none of them more than about twice as dear.
+    Compiling costs as much as some 200 trials of the default size, so cells of n `trials` share a program as long as
+    that makes none of them more than 1 + 200/n times as dear. What a step costs goes like the square of the positions
+    in the Jacobian, and like the points and neurons.
     """
 
-    def positions(slots: Slots) -> int:
-        return max(min(slots.samples, 2 * (slots.width + 1)), 48)
+    def cost(slots: Slots) -> int:
+        positions = max(min(slots.samples, 2 * (slots.width + 1), 160), 48)
+        return positions**2 + 15 * (slots.samples + slots.width)
 
-    found: list[Slots] = [trial.slots for trial in trials]
-    left = set(range(len(trials)))
+    found: list[Slots] = [trial.slots for trial in cells]
+    left = sorted(range(len(cells)), key=lambda i: (-cost(cells[i].slots), i))
     while left:
-        most = max(left, key=lambda i: (positions(trials[i].slots), trials[i].slots.samples, -i))
-        kind, shared, group = _kind(trials[most]), trials[most].slots, []
-        for i in sorted(left, key=lambda i: (-positions(trials[i].slots), i)):
-            wider = Slots(*map(max, zip(shared, trials[i].slots, strict=True)))
-            least = min(positions(trials[j].slots) for j in (i, most, *group))
-            if _kind(trials[i]) == kind and positions(wider) <= 1.5 * least:
+        first, *others = left
+        shared, group = cells[first].slots, [first]
+        for i in others:
+            wider = Slots(*map(max, zip(shared, cells[i].slots, strict=True)))
+            least = min(cost(cells[j].slots) for j in (i, *group))
+            if _kind(cells[i]) == _kind(cells[first]) and cost(wider) <= (1 + 200 / trials) * least:
                 shared = wider
                 group.append(i)
         for i in group:
             found[i] = shared
-        left -= set(group)
+        left = [i for i in left if i not in group]
     return found
 
 

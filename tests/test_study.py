@@ -24,7 +24,7 @@ from gradflow.archive import VARIABLES, key_from_json, load, studies
 from gradflow.flow import Status
 from gradflow.outcome import STATUSES
 from gradflow.record import Record, Verdict
-from gradflow.study import replay, run_study, run_sweep
+from gradflow.study import _shared_slots, replay, run_study, run_sweep
 
 # Which trials there are
 
@@ -150,11 +150,12 @@ def test_cells_share_a_program_unless_it_is_dear(fresh):
     trial, traces = fresh
     cells = [dataclasses.replace(trial, neurons=4, width=k, samples=n) for k, n in ((16, 50), (32, 20), (8, 40))]
     run_sweep(cells, key=KEY, trials=6, batch=3)
-    assert len(traces.programs) == 1 and {sizes.slots.samples for sizes in traces} == {50}
-    assert {sizes.slots.width for sizes in traces} == {32}
+    assert len(traces.programs) == 1 and {sizes.slots for sizes in traces} == {(4, 32, 50)}
+    # The more trials, the more it matters what each of them costs: 160 positions are ten times as dear as 50.
     wide = dataclasses.replace(trial, neurons=4, width=300, samples=200)
-    run_sweep([*cells, wide], key=KEY, trials=6, batch=3)
-    assert len(traces.programs) == 2  # 160 positions in place of 50 would be ten times as dear
+    slots = [_shared_slots([*cells, wide], trials) for trials in (5, 1000)]
+    assert [len(set(found)) for found in slots] == [1, 2] and slots[1][-1] == wide.slots
+    assert len(set(_shared_slots([dataclasses.replace(wide, loss="logistic"), wide], 5))) == 1  # sizes, not programs
 
 
 def test_a_sweep_is_kept_cell_by_cell_and_grows(fresh, tmp_path):
