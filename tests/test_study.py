@@ -153,7 +153,7 @@ def test_cells_share_a_program_unless_it_is_dear(fresh):
     assert len(traces.programs) == 1 and {sizes.slots for sizes in traces} == {(4, 32, 50)}
     # The more trials, the more it matters what each of them costs: 160 positions are ten times as dear as 50.
     wide = dataclasses.replace(trial, neurons=4, width=300, samples=200)
-    slots = [_shared_slots([*cells, wide], trials) for trials in (5, 1000)]
+    slots = [_shared_slots([*cells, wide], trials) for trials in (5, 500)]
     assert [len(set(found)) for found in slots] == [1, 2] and slots[1][-1] == wide.slots
     assert len(set(_shared_slots([dataclasses.replace(wide, loss="logistic"), wide], 5))) == 1  # sizes, not programs
 
