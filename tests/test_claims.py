@@ -16,7 +16,6 @@ from gradflow import scaling
 from gradflow.archive import load, studies, sweep_name, write
 from gradflow.design import around, thorough
 from gradflow.statistics import Estimate, estimate_probability, estimate_quantile
-from gradflow.sweep_plot import sweep_figure
 from gradflow.table import claims as all_claims
 from gradflow.table import summary
 from gradflow.theory import generalisation_bound, region_bound
@@ -278,7 +277,7 @@ def test_unresolved_trials_widen_what_is_said_of_quantiles():
 
 
 @pytest.mark.parametrize("switches", [0, 1, 2, 3, 4, 5, None])
-@pytest.mark.parametrize("min_run", [0.0, 0.05, 0.09])
+@pytest.mark.parametrize("min_run", [0.05, 0.09])
 def test_every_claim_can_be_decided_around_any_trial(switches, min_run):
     """A default of this design once compared cells with other switches, and gave up on 2 switches by a last digit."""
     for trial in (Trial(switches=switches, min_run=min_run), Trial(5, 40, 50, switches, min_run)):
@@ -290,7 +289,6 @@ def test_every_claim_can_be_decided_around_any_trial(switches, min_run):
                 assert (switches == 0) == all(c.switches == 0 for c in cells)
             sweep = planted.sweep(*(planted.study(cell, 2, population_error=0.01) for cell in cells))
             assert len(all_claims(sweep)) == 12
-            sweep_figure(sweep)
 
 
 def test_the_thorough_sweep_has_the_sizes_it_promises():

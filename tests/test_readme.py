@@ -1,6 +1,8 @@
 """The README keeps its promises: its example runs, and its commands, links and names are real."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,25 @@ def test_the_example_runs_and_is_short(capsys):
 def test_what_else_a_flow_can_do(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setup = "".join(line + "\n" for line in EXAMPLES[0].splitlines()[:4])
-    exec(compile(setup + EXAMPLES[1], "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(setup + EXAMPLES[2], "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "flow.png").exists()
     assert "ReluNetwork(" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_sweep_of_ones_own(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setup = "".join(line + "\n" for line in EXAMPLES[0].splitlines()[:4])
+    exec(compile(setup + EXAMPLES[1], "README.md", "exec"), {"__name__": "readme"})
+    out = capsys.readouterr().out
+    assert "samples" in out and "success does not depend on n" in out
+
+
+def test_the_claim_table_is_the_one_of_the_saved_sweep(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--check"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "benchmarks" / "claims.py"), run_name="__main__")
+    assert stop.value.code is None
 
 
 @pytest.mark.parametrize(
