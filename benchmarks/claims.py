@@ -1,6 +1,6 @@
 """The claim table and the figure of README.md, from the sweep that they were measured in.
 
-    python -m gradflow study --full --path runs/full    # 36 cells of 288 trials; goes on where it stopped
+    python -m gradflow study --full --path runs/full    # 31 cells of 330 trials; goes on where it stopped
     python benchmarks/claims.py --sweep runs/full       # keep what the claims need of it in claims.nc, then as below
     python benchmarks/claims.py                         # from claims.nc: rewrite README's table, redraw its figure
     python benchmarks/claims.py --check                 # is README's table the one that claims.nc gives?

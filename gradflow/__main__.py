@@ -29,7 +29,7 @@ from gradflow.table import summary
 from gradflow.trial import Trial
 
 SWEEPS = {"none": lambda trial: [trial], "around": around, "thorough": thorough}
-TRIALS = {"none": 384, "around": 64, "thorough": 288}  # in each cell
+TRIALS = {"none": 384, "around": 64, "thorough": 330}  # in each cell
 QUICK_TRIALS = 32
 SNAPSHOTS = 200
 DPI = 200

@@ -214,7 +214,7 @@ def test_study_prints_claims_and_writes_dataset_and_figure(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("argv", "cells", "trials"),
-    [((), 7, 64), (("--trials", 9), 7, 9), (("--full",), 36, 288), (("--full", "--sweep", "around"), 7, 288)],
+    [((), 7, 64), (("--trials", 9), 7, 9), (("--full",), 31, 330), (("--full", "--sweep", "around"), 7, 330)],
 )
 def test_study_sweeps_around_the_trial(tmp_path, monkeypatch, capsys, argv, cells, trials):
     asked = {}
