@@ -5,7 +5,7 @@
     python benchmarks/claims.py                         # from claims.nc: rewrite README's table, redraw its figure
     python benchmarks/claims.py --check                 # is README's table the one that claims.nc gives?
 
-MEASURED
+Two cores, float64, November 2026: 10,230 trials, the last 6,600 of them in 26 minutes.
 """
 
 import argparse
