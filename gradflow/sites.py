@@ -49,7 +49,8 @@ class Sites(eqx.Module):
     def squares(self, moments: Float[Array, "4 k"]) -> Float[Array, " s"]:
         """Σ_j (a_j x² + 2 b_j x + c_j + d_j (x² + 1)) over the neurons active at each position, never negative."""
         a, b, c, d = self.over_neurons(moments)
-        return jnp.maximum(a * self.x**2 + 2 * b * self.x + c, 0) + d * (self.x**2 + 1)
+        # Where no neuron is left, running sums leave rounding of either sign.
+        return jnp.maximum(a * self.x**2 + 2 * b * self.x + c, 0) + jnp.maximum(d, 0) * (self.x**2 + 1)
 
     def gram(self, matrix: Float[Array, "4 k"], kept: Int[Array, " r"]) -> Float[Array, "r r"]:
         """Σ_j x̃_iᵀ M_j x̃_l over the neurons active at both i and l of `kept`, M_j = (m_0, m_1; m_2, m_3).

@@ -18,6 +18,7 @@ from gradflow.clarke import (
     solver_of_positive_definite,
 )
 from gradflow.rosenbrock import dense_resolvent
+from gradflow.sites import Sites
 from gradflow.slow import Slow
 
 LOSSES = (gf.Exponential(), gf.Logistic())
@@ -181,3 +182,17 @@ def test_stiff_systems_are_solved_to_rounding_where_their_forces_cancel():
     found = np.asarray(solver_of_positive_definite(jnp.asarray(matrix))(right))
     residual = np.abs(matrix @ found - right).max()
     assert residual <= 1e-14 * np.abs(matrix).max() * np.abs(found).max()
+
+
+def test_squares_are_never_negative_where_no_neuron_is_active():
+    """Running sums add and take away again what does not cancel exactly: 0.1 + 0.2 − 0.3 and the like."""
+    x = jnp.linspace(-1.0, 1.0, 7)
+    low, high = jnp.zeros(4, int), jnp.array([1, 2, 3, 3])
+    for attempt in range(100):  # some leave a negative rest
+        squares = jr.uniform(jr.key(attempt), (4,))
+        if jnp.sum(squares) - squares[0] - squares[1] - (squares[2] + squares[3]) < 0:
+            break
+    moments = jnp.stack([jnp.zeros(4), jnp.zeros(4), jnp.zeros(4), squares])
+    sites = Sites(x, low, high)
+    assert jnp.any(sites.over_neurons(moments)[3, 3:] < 0)  # else this tests nothing
+    assert jnp.all(sites.squares(moments) >= 0)
