@@ -5,7 +5,8 @@
     python benchmarks/claims.py                         # from claims.nc: rewrite README's table, redraw its figure
     python benchmarks/claims.py --check                 # is README's table the one that claims.nc gives?
 
-Two cores, float64, November 2026: 10,230 trials, the last 6,600 of them in 26 minutes.
+Two cores, float64, November 2026: 10,230 trials, the last 6,600 of them in 26 minutes. 18 met a limit of the
+integration or were not certified; 25 in which all neurons died were called non-finite, and since then stall.
 """
 
 import argparse
