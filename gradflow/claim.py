@@ -1,7 +1,7 @@
 """The sentences of the theory as statements about trials, each of which can turn out wrong.
 
 A claim is a function from a study or a sweep to **holds**, **contradicted** or **undecided**, with the number it is
-decided by and its exact interval. "With high probability" means with probability at least 1 − `delta`, the
+decided by and its exact interval. "With high probability" means with probability at least 1 − `delta`: the
 theory names no such number, so it is a parameter here, and the table prints it.
 
 **In several cells.** A statement about every cell is decided by the worst, and one that compares cells by all of them:
@@ -110,9 +110,10 @@ def regions_are_twice_the_least(dataset: xr.Dataset, confidence=CONFIDENCE, delt
 
 
 def error_is_bounded(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> Claim:
-    """The population error is at most `generalisation_bound` for the regions found and δ = `delta`.
+    """No limit has a population error above `generalisation_bound` for its regions and δ = `delta`.
 
-    In a sweep, this is about the cells of which the bound says something for 2 r + 2 regions, if there are any.
+    The bound is about classifiers that fit the sample, so where training failed there is none to exceed it. In a sweep,
+    this is about the cells of which the bound says something for 2 r + 2 regions, if there are any.
     """
     cells, most = studies(dataset), []
     trials = [trial_of(cell) for cell in cells]
@@ -123,13 +124,14 @@ def error_is_bounded(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) ->
         certified = has_limit(cell)
         bound = np.asarray(generalisation_bound(cell["regions"].values, trial_of(cell).samples, delta))
         most.extend(bound[certified])
-        low = cell["population_error"].values <= bound
-        return certified & low, certified & ~low
+        low, failed = cell["population_error"].values <= bound, cell["accuracy_verdict"].values == Verdict.fails.value
+        return (certified & low) | failed, certified & ~low
 
     claim = probable("error within our VC bound", cells, counted, confidence, delta)
     sizes = ", ".join(str(n) for n in sorted({trial_of(cell).samples for cell in cells}))
     note = f"the bound is {min(most, default=math.nan):.2f} to {max(most, default=math.nan):.2f} at n = {sizes}"
-    return claim._replace(note=note + ("" if any(b < 1 for b in most) else ", and vacuous: no error exceeds 1"))
+    note += "; where training failed nothing exceeds it" if any(b < 1 for b in most) else ", and vacuous"
+    return claim._replace(note=note)
 
 
 def loss_follows_its_law(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA, within=LAW) -> Claim:

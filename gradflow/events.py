@@ -6,8 +6,9 @@ through five of its points.
 
 An event *matters* if ignoring it until the end of the step could move the neuron by more than a tenth of its
 tolerance, by the jump of the field, |v_j| Σ p_i ‖x̃_i‖ over the points passed, times the step, or a margin that
-counts by more than a tenth of its own, by v_j times the distance gone beyond the ray. Those that do neither are
-passed several at a time, and so are those that matter but can be made good (`crossing.py`).
+counts by more than a tenth of its own, by v_j times the distance gone beyond the ray; or if the breakpoint would stick
+and ends too far beyond to be put back. Those that do neither are passed several at a time, and so are those that matter
+but can be made good (`crossing.py`).
 
 **Noise.** Margins with errors δq put every z_j wrong by up to ν = Σ c_i |δq_i| ‖x̃_i‖, the `noise`. Where forces all but
 cancel, velocities on the sides of a ray can be smaller than |v_j| ν, and their signs arbitrary. In doubt a breakpoint

@@ -205,7 +205,9 @@ class Problem(eqx.Module):
         # A flow that separates reaches log loss −Λ at t ≈ e^Λ: one that has not by then has failed.
         long = jnp.clip(-until.log_loss.astype(dtype), 23, forever(dtype))
         stalled = ~separated & (still | (weights.log_factor >= long))
-        tiny = jnp.minimum(state.step, state.cap) * speed <= 0.1 * jnp.finfo(dtype).eps * rho
+        tiny = (
+            state.step * speed <= 0.1 * jnp.finfo(dtype).eps * rho
+        )  # to an event it may be less: that is decided there
         status = Status.running
         for condition, outcome in (
             (state.accepted + state.rejected >= self.max_steps, Status.step_limit),

@@ -58,6 +58,7 @@ def success_against_width(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
     sizes: dict[int, list[xr.Dataset]] = {}
     for cell in studies(sweep)[:1] if cells is None else studies(cells):
         sizes.setdefault(trial_of(cell).neurons, []).append(cell)
+    sizes = {r: group for r, group in sizes.items() if len(group) > 1} or sizes  # a single point is no line
     artists: list[Artist] = [ax.axhline(1 - delta, color=BLACK, lw=1.0, ls=":")]
     ratios: set[float] = set()
     for i, (r, group) in enumerate(sorted(sizes.items())):
