@@ -223,7 +223,7 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
         log_time=problem.log_time(state.clock),
         log_loss=weights.log_loss,
         margin=problem.margin(weights, state.net),
-        separated=weights.log_loss < problem.log_separated,
+        separated=problem.separates(weights.log_loss),
         residual=misalignment(state.net, field.combine(state.net, weights.p)),
         drift=jnp.max(jnp.abs(state.net.balance - net.balance)) / scale,
         rise=state.rise,
@@ -256,7 +256,7 @@ def _until_certified(problem: Problem, follow, state: State, path: Path | None, 
         state, path = follow(
             eqx.tree_at(lambda p: (p.until.norm, p.until.settled), problem, (goal, settled)), state, path
         )
-        separated = state.log_loss < problem.log_separated
+        separated = problem.separates(state.log_loss)
         wanted &= separated & (state.status == Status.reached)
         now = candidate(state.net, _sliding(state, problem.points), data, wanted)
         return round_ + 1, state, path, now, judged(before, now, separated, data)
