@@ -122,8 +122,7 @@ def test_separation_threshold(name):
     at_zero = {"exponential": 1.0, "logistic": float(mpmath.log(2))}[name]
     assert loss.log_at_zero == pytest.approx(np.log(at_zero), abs=1e-16)
     for samples in (1, 7, 1000):
-        threshold = loss.log_separated(samples)
-        assert isinstance(threshold, float)
+        threshold = float(loss.log_separated(samples))
         assert threshold == pytest.approx(np.log(at_zero / samples), rel=1e-15, abs=1e-15)
         # The worst case: one margin at 0 and the others as large as can be.
         q = jnp.full(samples, 2000.0).at[0].set(0.0)
