@@ -16,6 +16,7 @@ slides, and a sliding one is released only beyond twice the doubt, lest a mode f
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -135,8 +136,8 @@ def look_ahead(
     """The events of one step, from the network at its five `nodes`, each field (5, k)."""
     points, mode = field.points, field.mode
     n, dtype = points.x.shape[0], nodes.w.dtype
-    first, *_, last = five = [ReluNetwork(nodes.w[i], nodes.b[i], nodes.v[i]) for i in range(len(NODES))]
-    value = jnp.stack([distances(node, mode, points) for node in five])  # (5, 2, k)
+    first, last = (jax.tree.map(lambda a, i=i: a[i], nodes) for i in (0, -1))
+    value = jax.vmap(lambda net: distances(net, mode, points))(nodes)  # (5, 2, k)
     quartic = jnp.einsum("ij,jrk->irk", jnp.asarray(_TO_QUARTIC, dtype), value)
     scan = jnp.einsum("ij,jrk->irk", jnp.asarray(_SCAN, dtype), quartic)  # (17, 2, k)
     sliding = mode.sliding[None]
@@ -147,15 +148,20 @@ def look_ahead(
     root = jnp.where(hit, _root(quartic, index, len(_SCAN) - 1), jnp.inf)
 
     slack = 2 * noise * jnp.abs(last.v)
-    before = side_velocities(field, first, start, jnp.maximum(mode.ray, 0)).excess(slack)
-    after = side_velocities(field, last, end, jnp.maximum(mode.ray, 0)).excess(slack)
+    ray = rays(mode, n)
+    nearer = jnp.where(hit[1], ray[1], ray[0])
+    own = jnp.maximum(mode.ray, 0)
+    # Before and after the step on the ray that a neuron slides on, after it on the one that a free neuron hits.
+    three = jax.tree.map(lambda a, b: jnp.stack([a, b, b]), (first, start), (last, end))
+    each = jax.vmap(lambda pair, ray: side_velocities(field, *pair, ray))(three, jnp.stack([own, own, nearer]))
+    before, after, sides = (jax.tree.map(lambda a, i=i: a[i], each) for i in range(3))
+    before, after = before.excess(slack), after.excess(slack)
     released = mode.sliding & (after < 0)
     loose = mode.sliding & (after < -tolerance.release)
     aim = jnp.clip((before + 0.5 * tolerance.release) / jnp.where(before > after, before - after, 1), 0.05, 0.95)
 
     # The jump of the field over all points passed.
     heaviest = jnp.maximum(start.p, end.p) * jnp.hypot(1, points.x)
-    ray = rays(mode, n)
     neighbour = jnp.sum(jnp.where(hit, heaviest[ray % n], 0), axis=0)
     passed = ~mode.sliding & jnp.any(scan[-1] < -touch, axis=0)
     cell = jnp.where(passed, find_cell(last, points.x), mode.cell)
@@ -168,8 +174,6 @@ def look_ahead(
     matters |= ~mode.sliding & (jnp.abs(last.v) * depth * mass > 0.1 * tolerance.margin)
 
     # One that would stick has to be put on its ray, so it has to get there, unless it is near enough as it is.
-    nearer = jnp.where(hit[1], ray[1], ray[0])
-    sides = side_velocities(field, last, end, nearer)
     sticks = (sides.inactive > 0) & (sides.active < 0) & (jnp.where(hit[1], value[0, 1], value[0, 0]) > 0)
     most = jnp.minimum(tolerance.size(last), tolerance.reach(last, points))
     matters |= ~mode.sliding & jnp.any(hit, axis=0) & sticks & (depth > most)
@@ -197,10 +201,14 @@ def _root(quartic, index, cells: int):
 
     high = index.astype(quartic.dtype) / cells
     low = high - 1 / cells
-    for _ in range(8):
+
+    def halve(_, bounds):
+        low, high = bounds
         middle = 0.5 * (low + high)
         inside = value(middle) > 0
-        low, high = jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+        return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 8, halve, (low, high))
     a, b = value(low), value(high)
     return jnp.where(a > b, low + (high - low) * jnp.clip(a / jnp.where(a > b, a - b, 1), 0, 1), high)
 
@@ -231,13 +239,6 @@ def update(
     if n == 1:  # both rays lie on one line; the breakpoint's direction tells which is meant
         ray = jnp.where(mode.sliding, ray, jnp.where(net.w > 0, 0, 1))
     near = jnp.where(nearer, gap[1], gap[0])
-    sides = side_velocities(field, net, weights, ray)
-    inside = jnp.where(mode.cell == active_cell(ray, n), sides.active, -sides.inactive)
-    touching = ~mode.sliding & (jnp.abs(near) <= tolerance.landing(net, points)) & (inside < 0)
-    # One that was let pass although it would stick comes back, again and again, unless it is held here.
-    most = jnp.minimum(tolerance.size(net), tolerance.reach(net, points))
-    held = (sides.inactive > 0) & (sides.active < 0) & (jnp.abs(near) <= most)
-    touching |= passed & held
 
     # Through the origin of the (w, b) plane, along the ray: out on the opposite one.
     outward = field.combine(net, weights.p)
@@ -246,8 +247,14 @@ def update(
     through = mode.sliding & (gap[0] <= 0.1 * tolerance.size(net)) & (speed < 0)
     opposite = (mode.ray + n) % (2 * n)
     ray = jnp.where(through, opposite, ray)
-    there = side_velocities(field, net, weights, ray)
-    sides = Sides(jnp.where(through, there.inactive, sides.inactive), jnp.where(through, there.active, sides.active))
+
+    sides = side_velocities(field, net, weights, ray)
+    inside = jnp.where(mode.cell == active_cell(ray, n), sides.active, -sides.inactive)
+    touching = ~mode.sliding & (jnp.abs(near) <= tolerance.landing(net, points)) & (inside < 0)
+    # One that was let pass although it would stick comes back, again and again, unless it is held here.
+    most = jnp.minimum(tolerance.size(net), tolerance.reach(net, points))
+    held = (sides.inactive > 0) & (sides.active < 0) & (jnp.abs(near) <= most)
+    touching |= passed & held
 
     decided = touching | released | through
     slack = noise * jnp.abs(net.v)

@@ -153,8 +153,9 @@ class Problem(eqx.Module):
                 dense = solver.interpolation_cls(t0=zero, t1=step, **dense)
                 settle = functools.partial(from_lines, balance=self.balance)
                 new, change = jax.jvp(settle, (net, lines), error[:2])
-                inner = [settle(*dense.evaluate(step * jnp.asarray(s, step.dtype))[:2]) for s in NODES[1:-1]]
-                nodes = jax.tree.map(lambda *a: jnp.stack(a), state.net, *inner, new)
+                between = step * jnp.asarray(NODES[1:-1], step.dtype)
+                inner = jax.vmap(lambda time: settle(*dense.evaluate(time)[:2]))(between)
+                nodes = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), state.net, inner, new)
                 return new, clock, change, error[2], nodes
 
             return branch

@@ -164,7 +164,7 @@ def solve(
 
     # Beyond 1 too: h² has jumps in its second derivative, where Newton's steps may be much too short. Where they prove
     # too long, the next step is careful: as if all z were inside their cells, where the second derivative is largest.
-    lengths = 2.0 ** jnp.arange(8, -16, -1, dtype=x.dtype)
+    lengths = jnp.append(2.0 ** jnp.arange(8, -16, -1, dtype=x.dtype), 0)
 
     def iterate(state):
         count, lam, mu, careful, kept, _ = state
@@ -175,8 +175,7 @@ def solve(
         toward = jnp.where(real & (step < 0), -step / jnp.where(real, lam, 1), 0)
         tries = jnp.minimum(lengths, 0.95 / jnp.maximum(jnp.max(toward), 1e-30))
         values = jax.vmap(lambda t: barrier(lam + t * step, mu))(tries)
-        here = barrier(lam, mu)
-        best = jnp.argmax(values)
+        best, here = jnp.argmax(values[:-1]), values[-1]
         moved = values[best] >= here
         new = jnp.where(moved, lam + tries[best] * step, lam)
         near = jnp.where(careful, ~moved, decrement < 0.3)
@@ -233,14 +232,13 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, wanted) -> Sol
     pattern = cones.active(cell).astype(y.dtype) * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
 
     def unit(lam):
+        """‖P z‖ of all cells, and of those in use, with the direction of P z and its place."""
         z = cones.forces(lam * y)
         place = cones.place(z)
         p = cones.project(z, place)
-        curve = _curvature(cones, place)[sign, :, cell].T
-        p, place = p[sign, :, cell].T, place[sign, cell]
-        h = jnp.sqrt(jnp.sum(p**2, axis=0))
-        e = p / jnp.where(h > 0, h, 1)[None]
-        return h, e, place, curve
+        every = jnp.sqrt(jnp.sum(p**2, axis=1))
+        h = every[sign, cell]
+        return every, h, p[sign, :, cell].T / jnp.where(h > 0, h, 1)[None], place[sign, cell]
 
     def columns(e):
         """y_i s [i ∈ c] e·x̃_i."""
@@ -248,7 +246,7 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, wanted) -> Sol
 
     def step(lam, amplitude, support, in_use):
         """Newton's step for the constraints in use."""
-        h, e, place, _ = unit(lam)
+        _, h, e, place = unit(lam)
         c = columns(e)
         # Inside its cell a unit vector turns with z, on a ray it does not.
         turn = columns(jnp.stack([-e[1], e[0]]))
@@ -291,14 +289,11 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, wanted) -> Sol
 
         return jax.lax.fori_loop(0, 3, correct, g)
 
-    def measured(lam, amplitude, support):
-        """The solution, with unit vectors along P z and its residual as `Solution` has it."""
-        _, e, place, _ = unit(lam)
+    def measured(lam, amplitude, support, every_h, e, place):
+        """The solution, with its residual as `Solution` has it."""
         exact = meet(amplitude[None] * e, e, place == 0, jnp.maximum(amplitude, 0), support)
         small = jnp.max(jnp.abs(exact - amplitude[None] * e)) <= _ROUNDING * jnp.max(jnp.abs(amplitude))
         lines = jnp.zeros((2, 2, 2 * n), y.dtype).at[sign, :, cell].set(jnp.where(small, exact, amplitude[None] * e).T)
-        z = cones.forces(lam * y)
-        every_h = jnp.sqrt(jnp.sum(cones.project(z, cones.place(z)) ** 2, axis=1))
         whole = jnp.sum(lam)
         parts = (
             jnp.max(jnp.where(real, 1 - cones.margins(lines, y), 0)),
@@ -311,29 +306,30 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, wanted) -> Sol
         return Solution(lam, lines, jnp.where(jnp.isfinite(residual) & (whole > 0), residual, jnp.inf))
 
     def correct(state):
-        """Newton's method, then violated constraints come, and of those that turned out negative the worst goes."""
+        """Newton's method, then violated constraints come, and of those that turned out negative the worst goes.
+
+        In the first round nothing but measuring: what the barrier left may do.
+        """
         round_, lam, amplitude, support, in_use, best = state
-        lam, amplitude = jnp.where(support, lam, 0), jnp.where(in_use, amplitude, 0)
-        lam, amplitude = jax.lax.fori_loop(0, _POLISH, lambda _, s: step(s[0], s[1], support, in_use), (lam, amplitude))
-        h, e, _, _ = unit(lam)
+        lam, amplitude = jnp.where(support | (round_ == 0), lam, 0), jnp.where(in_use, amplitude, 0)
+        steps = jnp.where(round_ == 0, 0, _POLISH)
+        lam, amplitude = jax.lax.fori_loop(0, steps, lambda _, s: step(s[0], s[1], support, in_use), (lam, amplitude))
+        every_h, h, e, place = unit(lam)
         q = columns(e).T @ amplitude
-        now = measured(lam, amplitude, support)
-        better = now.residual < best.residual
+        now = measured(lam, amplitude, support, every_h, e, place)
+        better = (now.residual < best.residual) | (round_ == 0)
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), now, best)
         worst = jnp.minimum(jnp.minimum(jnp.min(lam), jnp.min(amplitude)), -_CERTAIN * total)
-        support = real & ((support & (lam > worst)) | (q < 1 - _CERTAIN))
-        in_use = (in_use & (amplitude > worst)) | (allowed[sign, cell] & (h > 1 + _CERTAIN))
+        changed = (
+            real & ((support & (lam > worst)) | (q < 1 - _CERTAIN)),
+            (in_use & (amplitude > worst)) | (allowed[sign, cell] & (h > 1 + _CERTAIN)),
+        )
+        support, in_use = jax.tree.map(lambda a, b: jnp.where(round_ == 0, a, b), (support, in_use), changed)
         return round_ + 1, lam, amplitude, support, in_use, best
 
-    start = (
-        jnp.zeros((), int),
-        lam,
-        amplitude,
-        support,
-        in_use,
-        measured(lam, jnp.where(in_use, amplitude, 0), support),
-    )
-    *_, best = jax.lax.while_loop(lambda s: wanted & (s[-1].residual > _CERTAIN) & (s[0] < _ROUNDS), correct, start)
+    nothing = Solution(jnp.zeros_like(lam), jnp.zeros_like(lines), jnp.full_like(total, jnp.inf))
+    start = (jnp.zeros((), int), lam, amplitude, support, in_use, nothing)
+    *_, best = jax.lax.while_loop(lambda s: wanted & (s[-1].residual > _CERTAIN) & (s[0] <= _ROUNDS), correct, start)
     return best
 
 

@@ -14,28 +14,37 @@ from typing import ClassVar
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 _GAMMA = 0.25
-_A = (
-    (),
-    (1.544000000000000,),
-    (0.9466785280815826, 0.2557011698983284),
-    (3.314825187068521, 2.896124015972201, 0.9986419139977817),
-    (1.221224509226641, 6.019134481288629, 12.53708332932087, -0.6878860361058950),
+# Row i: how the point at which stage i + 1 is taken, and its right side (over h), depend on K_1 … K_5.
+_A = np.array(
+    [
+        (0, 0, 0, 0, 0),
+        (1.544000000000000, 0, 0, 0, 0),
+        (0.9466785280815826, 0.2557011698983284, 0, 0, 0),
+        (3.314825187068521, 2.896124015972201, 0.9986419139977817, 0, 0),
+        (1.221224509226641, 6.019134481288629, 12.53708332932087, -0.6878860361058950, 0),
+        (1.221224509226641, 6.019134481288629, 12.53708332932087, -0.6878860361058950, 1),
+    ]
 )
-_C = (
-    (),
-    (-5.668800000000000,),
-    (-2.430093356833875, -0.2063599157091915),
-    (-0.1073529058151375, -9.594562251023355, -20.47028614809616),
-    (7.496443313967647, -10.24680431464352, -33.99990352819905, 11.70890893206160),
-    (8.083246795921522, -7.981132988064893, -31.52159432874371, 16.31930543123136, -6.058818238834054),
+_C = np.array(
+    [
+        (0, 0, 0, 0, 0),
+        (-5.668800000000000, 0, 0, 0, 0),
+        (-2.430093356833875, -0.2063599157091915, 0, 0, 0),
+        (-0.1073529058151375, -9.594562251023355, -20.47028614809616, 0, 0),
+        (7.496443313967647, -10.24680431464352, -33.99990352819905, 11.70890893206160, 0),
+        (8.083246795921522, -7.981132988064893, -31.52159432874371, 16.31930543123136, -6.058818238834054),
+    ]
 )
-_D = (
-    (10.12623508344586, -7.487995877610167, -34.80091861555747, -7.992771707568823, 1.025137723295662),
-    (-0.6762803392801253, 6.087714651680015, 16.43084320892478, 24.76722511418386, -6.594389125716872),
+_D = np.array(
+    [
+        (10.12623508344586, -7.487995877610167, -34.80091861555747, -7.992771707568823, 1.025137723295662),
+        (-0.6762803392801253, 6.087714651680015, 16.43084320892478, 24.76722511418386, -6.594389125716872),
+    ]
 )
 
 
@@ -88,19 +97,21 @@ class Rodas4(diffrax.AbstractAdaptiveSolver):
         sigma = 1 / (h * _GAMMA)
         own = getattr(getattr(terms, "vector_field", None), "resolvent", None)
         solve = dense_resolvent(lambda y: terms.vf(t0, y, args), y0, sigma) if own is None else own(y0, sigma)
-        stages: list = []
-        point = y0
-        for i in range(6):
-            if i == 5:
-                point = _add(point, [stages[4]], (1.0,))
-            elif i:
-                point = _add(y0, stages, _A[i])
-            slope = terms.vf(t0, point, args)
-            stages.append(solve(_add(slope, stages, [c / h for c in _C[i]])))
-        y1 = _add(point, [stages[5]], (1.0,))
+
+        # One stage a round of a loop, so that the field and the linear solve are compiled once.
+        def stage(stages, row):
+            i, a, c = row
+            slope = terms.vf(t0, _add(y0, stages, a), args)
+            new = solve(_add(slope, stages, c / h))
+            return jax.tree.map(lambda ks, k: ks.at[i].set(k, mode="drop"), stages, new), new
+
+        empty = jax.tree.map(lambda leaf: jnp.zeros((5, *jnp.shape(leaf)), jnp.result_type(leaf)), y0)
+        stages, every = jax.lax.scan(stage, empty, (jnp.arange(6), *(jnp.asarray(m, h.dtype) for m in (_A, _C))))
+        error = jax.tree.map(lambda ks: ks[5], every)
+        y1 = jax.tree.map(jnp.add, _add(y0, stages, _A[5]), error)
         zero = jax.tree.map(jnp.zeros_like, y0)
         dense = dict(y0=y0, y1=y1, d2=_add(zero, stages, _D[0]), d3=_add(zero, stages, _D[1]))
-        return y1, stages[5], dense, None, diffrax.RESULTS.successful
+        return y1, error, dense, None, diffrax.RESULTS.successful
 
 
 def dense_resolvent(function, y, sigma):
@@ -112,11 +123,9 @@ def dense_resolvent(function, y, sigma):
 
 
 def _add(start, stages, coefficients):
-    """start + Σ_j coefficients_j stages_j, leaf by leaf."""
+    """start + Σ_j coefficients_j stages_j, leaf by leaf; `stages` has an axis of five in front."""
 
-    def leaf(a, *ks):
-        for k, c in zip(ks, coefficients, strict=False):
-            a = a + c * k
-        return a
+    def leaf(a, ks):
+        return a + jnp.tensordot(jnp.asarray(coefficients, ks.dtype), ks, 1)
 
-    return jax.tree.map(leaf, start, *stages[: len(coefficients)])
+    return jax.tree.map(leaf, start, stages)
