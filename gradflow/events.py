@@ -152,8 +152,8 @@ def look_ahead(
     nearer = jnp.where(hit[1], ray[1], ray[0])
     own = jnp.maximum(mode.ray, 0)
     # Before and after the step on the ray that a neuron slides on, after it on the one that a free neuron hits.
-    three = jax.tree.map(lambda a, b: jnp.stack([a, b, b]), (first, start), (last, end))
-    each = jax.vmap(lambda pair, ray: side_velocities(field, *pair, ray))(three, jnp.stack([own, own, nearer]))
+    nets, weights = jax.tree.map(lambda a, b: jnp.stack([a, b, b]), (first, start), (last, end))
+    each = jax.vmap(side_velocities, (None, 0, 0, 0))(field, nets, weights, jnp.stack([own, own, nearer]))
     before, after, sides = (jax.tree.map(lambda a, i=i: a[i], each) for i in range(3))
     before, after = before.excess(slack), after.excess(slack)
     released = mode.sliding & (after < 0)
