@@ -3,19 +3,17 @@
 A trial has 50 points with 4 label switches from a random teacher of 4 neurons on [−1, 1], and a balanced network of 32
 neurons; it is followed to log loss −1000. Each is a key, `fold_in(key(seed), trial)`, and can be run again.
 
-    python benchmarks/exact_flow.py            # 10,000 trials, 14 minutes
+    python benchmarks/exact_flow.py            # 10,000 trials, 12 minutes
     python benchmarks/exact_flow.py --quick    # 64 trials, a minute
     python benchmarks/exact_flow.py --samples 1000 --width 64 --trials 8 --batch 1 --first 50000 --max-steps 100000
     python benchmarks/exact_flow.py --samples 5000 --width 64 --trials 2 --batch 1 --first 100000 --max-steps 100000
     python benchmarks/exact_flow.py --width 512 --trials 32 --batch 4 --first 5000
 
-Two cores, float64, November 2026. 10,000 trials, at most 20,000 attempts, in 843 s: 9,228 reached log loss −1000, 771
-stalled, 1 met the limit (99.99 % reached or stalled). Of those that reached, median 963 attempts and 328 events, 1,462
-and 564 at 99 %, 2,104 and 961 at most. Drift of v² − w² − b² at most 2.8e-16 ρ², log L never rose by more than 6.0e-8
-in a step, log t follows its law to 2.4e-4 of itself. 128 trials reached it after more than τ = 10⁶ at a positive loss,
-the last after τ = 2·10²¹⁴: a flow that seems to stand still has not failed yet. The one left open, trial 4301,
-flickered: two breakpoints crossed one point to and fro. Since then a breakpoint that would stick has to land on its
-point, and that trial stalls after 1,001 attempts (`tests/test_slow.py` keeps it); the other numbers are from before.
+Two cores, float64, November 2026. 10,000 trials, at most 20,000 attempts, in 734 s: 9,228 reached log loss −1000 and
+772 stalled; none is left open. Of those that reached, median 963 attempts and 328 events, 1,462 and 563 at 99 %, 2,091
+and 961 at most; of those that stalled, median 926 attempts, 1,860 at most. Drift of v² − w² − b² at most 3.2e-16 ρ²,
+log L never rose by more than 6.0e-8 in a step, log t follows its law to 2.4e-4 of itself. 128 trials reached it after
+more than τ = 10⁶ at a positive loss, the last after τ = 2·10²¹⁴: a flow that seems to stand still has not failed yet.
 
 1,000 points, 64 neurons: of 8 trials 7 reached −1000, median 11,152 attempts and 9,600 events, 1 stalled. 5,000
 points: of 2 trials one reached −1000 in 36,717 attempts with 43,073 events, one stalled. 50 points, 512 neurons: 32 of

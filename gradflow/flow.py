@@ -31,19 +31,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gradflow.clarke import Field, Mode, Points, find_cell
+from gradflow.course import Course
 from gradflow.data import Dataset
-from gradflow.events import update
-from gradflow.hybrid import FLOAT32_LOG_LOSS, Problem, State, misalignment
-from gradflow.limit import Candidate, Limit, LimitStatus, candidate, judged
+from gradflow.hybrid import FLOAT32_LOG_LOSS
+from gradflow.limit import Limit, LimitStatus
 from gradflow.loss import Exponential, Loss
 from gradflow.network import ReluNetwork, is_concrete
-from gradflow.outcome import Entry, Flow, Path, Status, Until
+from gradflow.outcome import Flow, Until
 from gradflow.rosenbrock import Rodas4
-from gradflow.slow import no_split
-
-_RANK = 160  # positions kept in the Jacobian of the stiff solver: all of them up to 79 neurons, or 160 points
-_ROUNDS = 6  # of ten times the ρ², until a limit is certified
 
 
 def integrate(
@@ -136,141 +131,15 @@ def _max_norm(y) -> Float[Array, ""]:
 
 @eqx.filter_jit
 def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> Flow:
-    dtype, points = net.w.dtype, Points(data)
-    cell = find_cell(net, points.x)
-    mode = Mode(cell, jnp.full_like(cell, -1))
-    zero, one, none = jnp.zeros((), dtype), jnp.ones((), dtype), jnp.zeros(cell.shape, bool)
-    rank = min(data.x.shape[0], 2 * (net.width + 1), _RANK)
+    course = Course.begin(net, data, loss, until, rtol, atol, solvers, save, max_steps)
+    if not until.certifies:
+        return course.follow().flow()
+    moving, fixed = eqx.partition(course, eqx.is_array)
 
-    initial = Field(points, loss, mode, no_split(points.x), zero, rank)
-    weights = initial.weights(net.lines)
-    largest = jnp.max(jnp.where(weights.p > 0, initial.squared_gradients(net), 0))
-    safe = jnp.where(largest > 0, largest, 1)
-    log_unit = -weights.log_rate - jnp.log(safe)
-    problem = Problem(
-        points,
-        loss,
-        solvers,
-        until,
-        log_unit,
-        net.balance,
-        rtol,
-        atol,
-        max_steps,
-        loss.log_separated(jnp.asarray(data.samples, dtype)),
-        rank,
-    )
-    # Breakpoints that start on a point are decided like those that arrive there.
-    start, mode, _ = update(initial, net, weights, none, none, zero, problem.tolerance(one))
-    speed = jnp.sqrt(eqx.tree_at(lambda f: f.mode, initial, mode).combine(start, weights.p).squared_norm)
-    # A hundredth of the time in which θ, or the fastest margin, changes by its own size.
-    first = 0.01 * jnp.minimum(jnp.sqrt(net.squared_norm) / jnp.where(speed > 0, speed, 1), 1 / safe)
-    count = jnp.zeros((), int)
-    far = jnp.full((), jnp.inf, dtype)
-    state = problem.judge(
-        State(
-            start,
-            zero,
-            mode,
-            initial.slow,
-            zero,
-            first,
-            far,
-            jnp.array(False),
-            zero,
-            one,
-            weights.log_loss,
-            zero - jnp.inf,
-            zero,
-            zero - jnp.inf,
-            Entry(*jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), (zero, zero, net))),
-            Status.running,
-            count,
-            count,
-            count,
-        )
-    )
+    def round_(moving):
+        return eqx.filter(eqx.combine(moving, fixed).follow().hand_over(), eqx.is_array)
 
-    path = None
-    if save is not None:
-        path = problem.record(Path.empty(save, net), state, jnp.array(True))
-
-    def follow(problem, state, path):
-        def body(carry):
-            before, path = carry
-            state = problem.attempt(before)
-            if path is not None:
-                due = (state.accepted > before.accepted) & (state.accepted % path.stride == 0)
-                path = problem.record(path, state, due)
-            return state, path
-
-        return jax.lax.while_loop(lambda carry: carry[0].status == Status.running, body, (state, path))
-
-    limit = None
-    if until.certifies:
-        state, path, limit = _until_certified(problem, follow, state, path, data)
-    else:
-        state, path = follow(problem, state, path)
-    if path is not None:
-        path = problem.record(path, state, state.time > path.time[path.count - 1])
-    field = problem.field(state)
-    weights = field.weights(state.net.lines)
-    scale = state.net.squared_norm
-    return Flow(
-        final=state.net,
-        status=state.status,
-        time=state.time,
-        log_time=problem.log_time(state.clock),
-        log_loss=weights.log_loss,
-        margin=problem.margin(weights, state.net),
-        separated=problem.separates(weights.log_loss),
-        residual=misalignment(state.net, field.combine(state.net, weights.p)),
-        drift=jnp.max(jnp.abs(state.net.balance - net.balance)) / scale,
-        rise=state.rise,
-        fall=state.fall,
-        entry=state.entry,
-        steps=state.accepted,
-        rejected=state.rejected,
-        events=state.events,
-        sliding=_sliding(state, points),
-        path=path,
-        limit=limit,
-    )
-
-
-def _sliding(state: State, points: Points) -> Float[Array, " k"]:
-    return jnp.where(state.mode.sliding, points.x[state.mode.ray % points.x.shape[0]], jnp.nan)
-
-
-def _until_certified(problem: Problem, follow, state: State, path: Path | None, data: Dataset):
-    """Follow the flow until it has settled, then to ten times the ρ², and so on, until two states have one limit."""
-    until = problem.until
-
-    def advance(carry):
-        round_, state, path, before, _ = carry
-        wanted = goes_on(carry)  # in a batch, lanes that have ended come along, and should take no time
-        goal = jnp.where(round_ == 0, jnp.inf, jnp.sqrt(10 * state.net.squared_norm))
-        settled = jnp.where(round_ == 0, until.settled, -1)
-        running = Status.where((round_ == 0) | ~wanted, state.status, Status.running)
-        state = eqx.tree_at(lambda s: s.status, state, running)
-        state, path = follow(
-            eqx.tree_at(lambda p: (p.until.norm, p.until.settled), problem, (goal, settled)), state, path
-        )
-        separated = problem.separates(state.log_loss)
-        wanted &= separated & (state.status == Status.reached)
-        now = candidate(state.net, _sliding(state, problem.points), data, wanted)
-        return round_ + 1, state, path, now, judged(before, now, separated, data)
-
-    def goes_on(carry):
-        round_, state, _, _, limit = carry
-        return (round_ == 0) | ((state.status == Status.reached) & ~limit.certified & (round_ <= _ROUNDS))
-
-    nothing = Candidate.none(data)
-    start = (jnp.zeros((), int), state, path, nothing, judged(nothing, nothing, jnp.array(False), data))
-    _, state, path, _, limit = jax.lax.while_loop(goes_on, advance, start)
-    status = Status.where(limit.certified, Status.certified, Status.uncertified)
-    status = Status.where(state.status == Status.reached, status, state.status)
-    return eqx.tree_at(lambda s: s.status, state, status), path, limit
+    return eqx.combine(jax.lax.while_loop(lambda moving: ~moving.over, round_, moving), fixed).flow()
 
 
 def limit(flow: Flow, data: Dataset, loss: Loss | None = None) -> Limit:

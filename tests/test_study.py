@@ -21,8 +21,7 @@ from stand_in import KEY, QUICK, first, fresh, same, traces, trial  # noqa: F401
 
 from gradflow import study
 from gradflow.archive import VARIABLES, key_from_json, load, studies
-from gradflow.flow import Status
-from gradflow.outcome import STATUSES
+from gradflow.outcome import STATUSES, Status
 from gradflow.record import Record, Verdict
 from gradflow.study import _shared_slots, replay, run_study, run_sweep
 
