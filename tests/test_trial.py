@@ -15,9 +15,9 @@ import gradflow.record
 import gradflow.teacher
 import gradflow.trial
 from gradflow.distribution import Distribution, Histogram, TruncatedNormal, Uniform
-from gradflow.flow import Flow, Status, integrate
+from gradflow.flow import integrate
 from gradflow.limit import LIMIT_STATUSES, LimitStatus
-from gradflow.outcome import STATUSES
+from gradflow.outcome import STATUSES, Flow, Status
 from gradflow.record import Record, Verdict, judge
 from gradflow.theory import region_bound
 from gradflow.trial import Trial
