@@ -17,6 +17,8 @@ from gradflow.network import ReluNetwork
 from gradflow.piecewise import Piecewise
 from gradflow.teacher import Teacher
 
+_ROUNDING = 1e-12  # relative, below which a neuron's output is rounding
+
 
 def region_bound(neurons):
     """32 r + 67 for r = `neurons` teacher neurons: a *reported* bound on the linear regions of the limit.
@@ -82,10 +84,12 @@ def coverage(net: ReluNetwork, teacher: Teacher, support) -> Int[Array, "2"]:
 def survivors(start: ReluNetwork, entry: ReluNetwork, teacher: Teacher, data: Dataset) -> Float[Array, ""]:
     """The share of the helpers of `start` that are active on some point at `entry`, with the same sign of v.
 
-    NaN if there are none, or if the late phase was never entered.
+    One whose breakpoint sticks to the outermost of its points is active on none: max(0, ·) is 0 there, and what
+    rounding makes of it does not count. NaN if there are no helpers, or if the late phase was never entered.
     """
     helps = helpers(start, teacher)
-    active = jnp.any(entry.w[:, None] * data.x[None, :] + entry.b[:, None] > 0, axis=1) & (entry.v * start.v > 0)
+    reach = _ROUNDING * jnp.hypot(entry.w, entry.b)[:, None] * jnp.hypot(1, data.x)[None, :]
+    active = jnp.any(entry.w[:, None] * data.x[None, :] + entry.b[:, None] > reach, axis=1) & (entry.v * start.v > 0)
     share = jnp.sum((helps & active).astype(entry.v.dtype)) / jnp.sum(helps.astype(entry.v.dtype))
     return jnp.where(jnp.isnan(entry.v[0]), jnp.nan, share)
 
