@@ -332,7 +332,7 @@ def _share_label(resolved: np.ndarray, what: str = "") -> str:
 def finish(ax: Axes, letter: str) -> None:
     """Sizes for a column's width, no frame where there is no scale, and the panel's letter."""
     for part in (ax, *(other for other in ax.figure.axes if other is not ax and other.bbox.bounds == ax.bbox.bounds)):
-        part.tick_params(labelsize=8)
+        part.tick_params(which="both", labelsize=8)
         part.xaxis.label.set_fontsize(9)
         part.yaxis.label.set_fontsize(9)
         part.spines["top"].set_visible(False)
