@@ -85,7 +85,8 @@ def regions_are_bounded(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA)
     note = f"of the certified limit; 32 r + 67 = {', '.join(map(str, bounds))} is a reported bound"
     note += "" if wide else ", and vacuous"
     note += f"; {widths} neurons have one region more than that at most"
-    return probable("at most 32r + 67 linear regions", cells, coded("regions_verdict"), confidence, delta, note)
+    claim = probable("at most 32r + 67 linear regions", cells, coded("regions_verdict"), confidence, delta, note)
+    return claim if wide else _vacuous(claim)
 
 
 def training_succeeds_with_few_regions(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> Claim:
@@ -130,8 +131,14 @@ def error_is_bounded(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) ->
     claim = probable("error within our VC bound", cells, counted, confidence, delta)
     sizes = ", ".join(str(n) for n in sorted({trial_of(cell).samples for cell in cells}))
     note = f"the bound is {min(most, default=math.nan):.2f} to {max(most, default=math.nan):.2f} at n = {sizes}"
-    note += "; where training failed nothing exceeds it" if any(b < 1 for b in most) else ", and vacuous"
-    return claim._replace(note=note)
+    if any(b < 1 for b in most):
+        return claim._replace(note=f"{note}; where training failed nothing exceeds it")
+    return _vacuous(claim._replace(note=f"{note}, and vacuous"))
+
+
+def _vacuous(claim: Claim) -> Claim:
+    """What could not have failed does not hold."""
+    return claim._replace(verdict="undecided" if claim.verdict == "holds" else claim.verdict)
 
 
 def loss_follows_its_law(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA, within=LAW) -> Claim:

@@ -96,8 +96,9 @@ CASES = [
 
 @pytest.mark.parametrize(("claim", "verdict", "columns"), CASES)
 def test_every_claim_about_trials_can_turn_out_either_way(claim, verdict, columns):
-    # n so large that the VC bound says something.
-    trial = dataclasses.replace(TRIAL, samples=1000) if claim is claims.error_is_bounded else TRIAL
+    # n so large that the VC bound says something, and k that the bound on regions does.
+    telling = {claims.error_is_bounded: dict(samples=1000), claims.regions_are_bounded: dict(width=1000)}
+    trial = dataclasses.replace(TRIAL, **telling.get(claim, {}))
     assert claim(planted.study(trial, MANY, **columns)).verdict == verdict
 
 
@@ -125,7 +126,11 @@ def test_a_vacuous_bound_is_called_vacuous():
     # In a sweep it is about the cells where it says something.
     mixed = planted.sweep(planted.study(narrow, 400), planted.study(wide, 400, regions_verdict=share(100, 300)))
     assert claims.regions_are_bounded(mixed).verdict == "contradicted"
-    small = claims.error_is_bounded(planted.study(TRIAL, 5))
+    # What could not have failed does not hold.
+    assert claims.regions_are_bounded(planted.study(narrow, MANY)).verdict == "undecided"
+    assert claims.regions_are_bounded(planted.study(wide, MANY)).verdict == "holds"
+    small = claims.error_is_bounded(planted.study(TRIAL, MANY))
+    assert small.measured.low > 0.9 and small.verdict == "undecided"
     assert "vacuous" in small.note and float(generalisation_bound(4, 50, 0.1)) > 1
 
 
