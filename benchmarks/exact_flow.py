@@ -14,13 +14,6 @@ Two cores, float64, November 2026. 10,000 trials, at most 20,000 attempts, in 73
 and 961 at most; of those that stalled, median 926 attempts, 1,860 at most. Drift of v² − w² − b² at most 3.2e-16 ρ²,
 log L never rose by more than 6.0e-8 in a step, log t follows its law to 2.4e-4 of itself. 128 trials reached it after
 more than τ = 10⁶ at a positive loss, the last after τ = 2·10²¹⁴: a flow that seems to stand still has not failed yet.
-
-1,000 points, 64 neurons: of 8 trials 7 reached −1000, median 11,152 attempts and 9,600 events, 1 stalled. 5,000
-points: of 2 trials one reached −1000 in 36,717 attempts with 43,073 events, one stalled. 50 points, 512 neurons: 32 of
-32 reached it, median 3,242 attempts.
-
-Small batches are the faster ones here: 128 trials on two cores took 24.8 s in batches of 64, 13.8 s of 16, 10.7 s of 4,
-as all lanes of a batch wait for its slowest.
 """
 
 import argparse

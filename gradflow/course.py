@@ -1,7 +1,4 @@
-"""A flow under way: begun, followed for as many step attempts as wanted, handed over to its limit, ended.
-
-`integrate` does all of it in one compiled loop. A study keeps many flows side by side instead, some attempts at a time,
-and puts a new one in the place of each that ends (`lanes.py`).
+"""A flow under way: begun, followed to the end of a round, handed over to its limit, ended; `integrate` loops over it.
 
 A flow that seeks its limit goes in rounds: until it has settled, then to ten times the ρ², and so on, until the limits
 that two ends of rounds lead to agree (`limit.py`).
@@ -122,23 +119,13 @@ class Course(eqx.Module):
         return cls(problem, data, state, path, pursuit, jnp.array(False))
 
     @property
-    def attempts(self) -> Int[Array, ""]:
-        """Step attempts so far."""
-        return self.state.accepted + self.state.rejected
-
-    @property
     def waits(self) -> Bool[Array, ""]:
         """Whether a round has ended, for `hand_over` to look at."""
         return ~self.over & (self.state.status != Status.running)
 
-    def follow(self, attempts: Int[Array, ""] | None = None) -> "Course":
-        """Until the round ends, or for so many step attempts."""
-        problem, last = self.problem, None if attempts is None else self.attempts + attempts
-
-        def goes_on(carry):
-            state, _ = carry
-            running = state.status == Status.running
-            return running if last is None else running & (state.accepted + state.rejected < last)
+    def follow(self) -> "Course":
+        """Until the round ends."""
+        problem = self.problem
 
         def body(carry):
             before, path = carry
@@ -148,7 +135,7 @@ class Course(eqx.Module):
                 path = problem.record(path, state, due)
             return state, path
 
-        state, path = jax.lax.while_loop(goes_on, body, (self.state, self.path))
+        state, path = jax.lax.while_loop(lambda c: c[0].status == Status.running, body, (self.state, self.path))
         return eqx.tree_at(lambda c: (c.state, c.path), self, (state, path), is_leaf=lambda leaf: leaf is None)
 
     def hand_over(self) -> "Course":
@@ -157,8 +144,7 @@ class Course(eqx.Module):
         Where no round has ended nothing changes.
         """
         state, problem, pursuit = self.state, self.problem, self.pursuit
-        if pursuit is None:
-            return eqx.tree_at(lambda c: c.over, self, self.over | self.waits)
+        assert pursuit is not None  # only a flow that seeks its limit goes in rounds
         separated = problem.separates(state.log_loss)
         reached = state.status == Status.reached
         now = candidate(state.net, sliding(state, problem.points), self.data, self.waits & separated & reached)
