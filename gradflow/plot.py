@@ -10,8 +10,9 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.scale import AsinhScale
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from gradflow.claim import CONFIDENCE, DELTA
 from gradflow.piecewise import Piecewise, knots
@@ -31,8 +32,8 @@ def function(ax: Axes, net, data=None, teacher=None, *, merge=0.0, drop=0.0) -> 
 
     Draws N(x)/min_i q_i (N(x)/max|N| if some margin is not positive, or without `data`), the margin lines ±1, the
     points on the curve with the colour and marker of their labels, the knots by the counting rule of `piecewise` with
-    `merge` and `drop`, and, as background, the labels that `teacher` gives. The polyline through the breakpoints is N
-    itself, not a sampling of it.
+    `merge` and `drop`, and, as background, the labels that `teacher` gives. Knots beyond the data are named at the
+    edge. The polyline through the breakpoints is N itself, not a sampling of it.
     """
     low, high = _window(net, data)
     bends = np.asarray(Piecewise(net).breakpoints)
@@ -49,8 +50,26 @@ def function(ax: Axes, net, data=None, teacher=None, *, merge=0.0, drop=0.0) -> 
     artists.append(ax.axhline(0, color=GREY, lw=0.6, zorder=1))
     artists += ax.plot(x, value / scale, color=BLACK, lw=1.3, zorder=3, label="N(x)")
     at = np.asarray(knots(net, merge, drop))
+    for side, beyond in ((0.0, at[at <= low]), (1.0, at[at >= high])):
+        if beyond.size:
+            text = f"{beyond.size} knot{'s' if beyond.size > 1 else ''} {'beyond' if side else 'before'}: "
+            text += ", ".join(f"{x:.3g}" for x in beyond[:3]) + (" …" if beyond.size > 3 else "")
+            artists.append(
+                ax.annotate(
+                    f"{text} →" if side else f"← {text}",
+                    (side, 0.0),
+                    xytext=(0, -26),
+                    xycoords="axes fraction",
+                    textcoords="offset points",
+                    ha="right" if side else "left",
+                    va="center",
+                    fontsize=8,
+                    color=GREY,
+                )
+            )
     at = at[(at > low) & (at < high)]
-    artists += ax.plot(at, np.asarray(net(at)) / scale, "o", ms=4.5, mfc="none", mec=BLACK, zorder=6, label="knots")
+    # Wide rings: the points inside stay visible.
+    artists += ax.plot(at, np.asarray(net(at)) / scale, "o", ms=8, mfc="none", mec=BLACK, zorder=6, label="knots")
     if data is not None:
         for label, colour, marker, name in ((1, BLUE, "^", "y = +1"), (-1, VERMILLION, "v", "y = −1")):
             mine = np.asarray(data.x)[np.asarray(data.y) == label]
@@ -89,6 +108,8 @@ def breakpoints(ax: Axes, path, data) -> list[Artist]:
         artists.append(ax.axhline(x, color=BLUE if y > 0 else VERMILLION, lw=0.5, alpha=faint, zorder=1))
     collection = LineCollection(list(lines), colors=list(colours), alpha=alpha, linewidths=1.1, zorder=2)
     artists.append(ax.add_collection(collection))
+    kinds = [Line2D([], [], color=c, label=name) for c, name in ((GREEN, "bends up"), (PURPLE, "bends down"))]
+    artists.append(_legend_above(ax, handles=kinds))
     _log_time(ax, time)
     ax.set_ylim(low, high)
     ax.set_ylabel("breakpoint −b/w (units of x)")
@@ -108,7 +129,7 @@ def convergence(ax: Axes, path) -> list[Artist]:
     _long(ax, "y", log_loss)
     if log_loss.size > 1 and np.ptp(log_loss) > 0:
         ax.set_ylim(float(np.min(log_loss)), float(np.max(log_loss)))
-    ax.set_ylabel("log mean loss, log L")
+    ax.set_ylabel(f"log mean loss, log L{' (asinh scale)' if _is_long(log_loss) else ''}")
     right = ax.twinx()
     artists += right.plot(time, margin, color=ORANGE, lw=1.3, label="γ")
     best = float(np.max(margin, initial=-np.inf))
@@ -154,13 +175,13 @@ def regions(ax: Axes, dataset) -> list[Artist]:
     """Histogram of the linear regions of certified limits, counted exactly, as shares of *all* trials.
 
     What is missing to 100 % has no certified limit. Orange: those of the limits that are the global optimum. A network
-    with m sign changes needs at least m regions (one if m = 0): the dotted line, if all samples have one m.
+    with m sign changes needs at least m regions (one if m = 0): the dotted line is the mean of that over the samples.
     """
     total = dataset.sizes["trial"]
     resolved = np.asarray(dataset["regions_verdict"]) != Verdict.unresolved
     count = np.asarray(dataset["regions"])[resolved]
     best = np.asarray(dataset["optimum_verdict"])[resolved] == Verdict.holds
-    floors = np.unique(np.maximum(np.asarray(dataset["sample_switches"]), 1))
+    floors = np.maximum(np.asarray(dataset["sample_switches"]), 1)
     top = int(max(np.max(count, initial=1), np.max(floors))) + 1
     edges = np.arange(0.5, top + 1)
 
@@ -170,15 +191,14 @@ def regions(ax: Axes, dataset) -> list[Artist]:
     centres = edges[:-1] + 0.5
     artists: list[Artist] = list(ax.bar(centres, share(count), width=0.8, color=BLUE, alpha=0.75, label="certified"))
     artists += ax.bar(centres, share(count[best]), width=0.45, color=ORANGE, label="global optimum")
-    if floors.size == 1:
-        artists.append(ax.axvline(floors[0], color=BLACK, lw=1.0, ls=":", label=f"{floors[0]} label switches"))
+    artists.append(ax.axvline(float(np.mean(floors)), color=BLACK, lw=1.0, ls=":", label="least"))
     ax.set_xlim(0.5, top + 0.5)
     ax.set_xlabel("linear regions of the limit")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_ylim(0, 1.6 * (ax.get_ylim()[1] or 1.0))  # room for the legend
+    ax.set_ylim(0, ax.get_ylim()[1] or 1.0)
     ax.set_ylabel(_share_label(resolved))
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
+    artists.append(_legend_above(ax))
     return artists
 
 
@@ -205,9 +225,10 @@ def population_error(ax: Axes, dataset) -> list[Artist]:
     ax.set_xlim(edge, right)
     ax.set_ylim(0, 1.03)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.xaxis.set_minor_formatter(NullFormatter())  # within one decade they would run into each other
     ax.set_xlabel("population error, P(wrong label)")
     ax.set_ylabel(_share_label(resolved, "at or below"))
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    artists.append(_legend_above(ax))
     return artists
 
 
@@ -246,7 +267,7 @@ def flow_figure(flow, data, teacher=None, *, merge=0.0, drop=0.0) -> Figure:
         function(top, flow.limit.network, data, teacher, merge=flow.limit.resolution)
     else:
         function(top, flow.final, data, teacher, merge=merge, drop=drop)
-    top.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _legend_above(top)
     breakpoints(left, flow.path, data)
     convergence(right, flow.path)
     for ax, letter in ((top, "a"), (left, "b"), (right, "c")):
@@ -295,7 +316,11 @@ def _log_time(ax: Axes, time: np.ndarray) -> None:
     _long(ax, "x", time)
     if time.size > 1:
         ax.set_xlim(float(time[0]), float(time[-1]))
-    ax.set_xlabel("log time, log t")
+    ax.set_xlabel(f"log time, log t{' (asinh scale)' if _is_long(time) else ''}")
+
+
+def _is_long(values: np.ndarray) -> bool:
+    return float(np.max(np.abs(values), initial=0.0)) > 50
 
 
 def _long(ax: Axes, which: str, values: np.ndarray) -> None:
@@ -303,9 +328,9 @@ def _long(ax: Axes, which: str, values: np.ndarray) -> None:
 
     Training succeeds or fails while log t is of order 10; what moves after that moves on the scale of log t itself.
     """
-    longest = np.max(np.abs(values), initial=0.0)
-    if longest <= 50:
+    if not _is_long(values):
         return
+    longest = np.max(np.abs(values))
     axis = ax.xaxis if which == "x" else ax.yaxis
     ax.set(**{f"{which}scale": AsinhScale(axis, linear_width=LINEAR)})
     decades = np.arange(1, np.floor(np.log10(longest)) + 1)
@@ -313,6 +338,22 @@ def _long(ax: Axes, which: str, values: np.ndarray) -> None:
     axis.set_major_locator(FixedLocator([*-powers[::-1], 0, *powers]))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f}".replace("-", "−") if abs(v) < 1000 else _power(v)))
     axis.set_minor_locator(NullLocator())
+
+
+def _legend_above(ax: Axes, **options) -> Artist:
+    """Above the panel, where nothing that is drawn can run through it."""
+    return ax.legend(
+        frameon=False,
+        fontsize=8,
+        ncols=4,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        borderaxespad=0.2,
+        columnspacing=0.7,
+        handlelength=1.0,
+        handletextpad=0.4,
+        **options,
+    )
 
 
 def _power(value: float) -> str:

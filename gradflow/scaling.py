@@ -29,7 +29,7 @@ from gradflow.claim import (
     trial_of,
 )
 from gradflow.record import Verdict
-from gradflow.statistics import Estimate, estimate_quantile
+from gradflow.statistics import Estimate, estimate_quantile, quantile_sample_size
 from gradflow.trial import Trial
 
 ALLOWED = 0.1  # difference between probabilities that are called independent of something
@@ -104,6 +104,7 @@ def regions_grow_linearly(sweep: xr.Dataset, confidence=CONFIDENCE, quantile=1 -
     found = [f"{quantile_of(cell, 'regions', quantile, confidence).estimate:g}" for cell in cells]
     note = f"{quantile:g} quantile {_along(cells, 'neurons', found)}; {slope} more for each r, "
     note += f"of the least possible {(least[1] - least[0]) / more:.2f}"
+    note += _why_open(cells, "neurons", measured, quantile)
     verdict = decide(measured, most=1 + slack)
     name = "linear regions grow like r"
     return Claim(name, verdict, measured, f"exponent <= {1 + slack:g}", *total(map(limits, cells)), note)
@@ -123,6 +124,7 @@ def error_falls_with_samples(sweep: xr.Dataset, confidence=CONFIDENCE, quantile=
         f"{q * trial_of(cell).samples / trial_of(cell).neurons:.2f}" for q, cell in zip(found, cells, strict=True)
     ]
     note = f"{quantile:g} quantile, in r/n: {_along(cells, 'samples', scaled)}"
+    note += _why_open(cells, "samples", measured, quantile)
     verdict = decide(measured, most=slack - 1)
     name = "population error falls like 1/n"
     return Claim(name, verdict, measured, f"exponent <= {slack - 1:g}", *total(map(limits, cells)), note)
@@ -212,6 +214,16 @@ def _exponent(cells, along: str, ends: Sequence[Estimate], confidence) -> Estima
 
     low, high = power(last.low, first.high), power(last.high, first.low)
     return Estimate(power(last.estimate, first.estimate), low, high, float(confidence))
+
+
+def _why_open(cells, along: str, measured: Estimate, quantile) -> str:
+    """What to do about an exponent whose interval has no end, or nothing if it has both."""
+    if math.isfinite(measured.low) and math.isfinite(measured.high):
+        return ""
+    few = quantile_sample_size(quantile, 1 - (1 - measured.confidence) / 2)
+    counts = [limits(cell) for cell in (cells[0], cells[-1])]
+    have = _along([cells[0], cells[-1]], along, [f"{c.holds} and {c.unresolved} unresolved" for c in counts])
+    return f"; an interval with two ends takes {few} certified limits or more, the fewer unresolved: {have}"
 
 
 def _along(cells, name: str, values) -> str:

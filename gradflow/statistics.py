@@ -138,6 +138,23 @@ def estimate_quantile(values, quantile, confidence=0.99, *, unresolved=0) -> Est
     return Estimate(float(middle), float(low), float(high), float(confidence))
 
 
+def quantile_sample_size(quantile, confidence=0.99) -> int:
+    """How many draws it takes for both ends of `estimate_quantile` to be finite; unresolved ones take more.
+
+    The upper end exists once all draws lie at or below the quantile with probability (1 − `confidence`)/2 at most, the
+    lower one once all lie above it with no more.
+
+    **Raises** `ValueError` unless both arguments lie strictly between 0 and 1.
+
+    >>> quantile_sample_size(0.9)
+    51
+    """
+    for name, number in (("quantile", quantile), ("confidence", confidence)):
+        if not 0 < number < 1:
+            raise ValueError(f"{name} must lie strictly between 0 and 1, got {number}")
+    return math.ceil(math.log((1 - confidence) / 2) / math.log(max(quantile, 1 - quantile)))
+
+
 def sample_size(width, confidence=0.99) -> int:
     """How many trials make the interval of `estimate_probability` no wider than `width`, whatever their outcome.
 

@@ -33,6 +33,8 @@ from gradflow.scaling import (
     width_suffices,
 )
 
+_DECIDED = ("certified", "stalled")  # what other flows did is worth a look at each of them
+
 
 def claims(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> list[Claim]:
     """Every claim that a study or a sweep can decide, each at this confidence.
@@ -84,9 +86,22 @@ def summary(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> str:
     status = dataset["status"].values
     for code, count in zip(*np.unique(status, return_counts=True), strict=True):
         lines.append(f"{count} x {STATUSES[code].replace('_', ' ')}. {Status[getattr(Status, STATUSES[code])]}")
+        if STATUSES[code] not in _DECIDED:
+            lines.append(f"    {_where(dataset, code)}")
     cells = f" in {len(studies(dataset))} cells" if "cell" in dataset.dims else ""
     lines.append(f"{status.size} trials{cells} in {float(dataset.attrs['seconds']):.1f} s")
     return "\n".join(lines)
+
+
+def _where(dataset: xr.Dataset, code) -> str:
+    """The trials that ended with a status, as `replay` takes them."""
+    found = []
+    for i, study in enumerate(studies(dataset)):
+        trial = trial_of(study)
+        cell = f" of cell {i} (r = {trial.neurons}, k = {trial.width}, n = {trial.samples})"
+        numbers = study["trial"].values[study["status"].values == code]
+        found += [f"trial {number}{cell if 'cell' in dataset.dims else ''}" for number in numbers]
+    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 
 def _numbers(study: xr.Dataset) -> list[str]:

@@ -15,6 +15,7 @@ from gradflow import claim as claims
 from gradflow import scaling
 from gradflow.archive import load, studies, sweep_name, write
 from gradflow.design import around, thorough
+from gradflow.outcome import STATUSES
 from gradflow.statistics import Estimate, estimate_probability, estimate_quantile
 from gradflow.table import claims as all_claims
 from gradflow.table import summary
@@ -209,6 +210,8 @@ def test_few_trials_do_not_decide_how_regions_grow():
     sweep = along_neurons().isel(trial=slice(10))
     found = scaling.regions_grow_linearly(sweep)
     assert found.verdict == "undecided" and found.measured.high == np.inf
+    assert "takes 57 certified limits or more" in found.note and "10 and 0 unresolved at neurons 4" in found.note
+    assert "certified limits or more" not in scaling.regions_grow_linearly(along_neurons()).note
 
 
 @pytest.mark.parametrize(
@@ -399,6 +402,12 @@ def test_all_claims_of_a_designed_sweep():
     assert len({len(row) for row in rows}) == 1
     for claim, row in zip(found, rows[1:], strict=True):
         assert (row.startswith(claim.name) and claim.name + ": " in text) or not claim.note
+    assert "trial 7 of cell 2 (r = 4, k = 32, n = 100)" not in text
+    status = np.full(50, STATUSES.index("certified"))
+    status[7] = STATUSES.index("step_limit")
+    odd = planted.sweep(planted.study(TRIAL, 50), planted.study(around(TRIAL)[2], 50, status=status))
+    assert "1 x step limit" in summary(odd) and "    trial 7 of cell 1 (r = 4, k = 32, n = 100)\n" in summary(odd)
+    assert "    trial 7\n" in summary(studies(odd)[1])
     assert len(thorough(TRIAL)) == len(set(thorough(TRIAL))) == 31 and thorough(TRIAL)[0] == TRIAL
 
 

@@ -112,6 +112,13 @@ def test_function_paints_the_teacher(ax):
     assert [to_hex(p.get_facecolor()).upper() for p in patches] == colours
 
 
+def test_knots_beyond_the_data_are_named(ax):
+    bends = np.array([-30.0, 0.0, 0.5, 40.0, 72.1])  # the net bends at each of them by 1
+    net = ReluNetwork(np.ones(5), -bends, np.ones(5))
+    texts = [a.get_text() for a in plot.function(ax, net, DATA) if isinstance(a, Text) and a.get_text()]
+    assert texts == ["← 1 knot before: -30", "2 knots beyond: 40, 72.1 →"]
+
+
 def test_breakpoints_follow_the_neurons_and_break_where_they_turn_round(ax):
     # The first neuron moves from −1 to 1/2; the second turns round between the snapshots (w changes sign).
     path = snapshots([-np.inf, 1.0, 3.0], [[1, 1], [1, 1], [1, -1]], [[1, 0], [1, 0], [-0.5, 0]], [[1, -1]] * 3)
@@ -119,7 +126,7 @@ def test_breakpoints_follow_the_neurons_and_break_where_they_turn_round(ax):
     (lines,) = [artist for artist in artists if isinstance(artist, LineCollection)]
     np.testing.assert_array_equal(lines.get_segments(), [[[1, -1], [3, 0.5]]])
     assert to_hex(lines.get_colors()[0]).upper() == plot.GREEN
-    assert len(artists) == 1 + DATA.samples
+    assert len(artists) == 2 + DATA.samples  # and the legend
     assert labels(ax) == ("log time, log t", "breakpoint −b/w (units of x)")
     assert ax.get_xlim() == (1, 3)
 
@@ -130,7 +137,8 @@ def test_convergence_shows_loss_and_margin_over_log_time(ax, last, scale):
     artists = plot.convergence(ax, path)
     np.testing.assert_array_equal(by_label(artists, "log L").get_xydata(), [[1, -1], [2, -2], [last, -last]])
     np.testing.assert_allclose(by_label(artists, "γ").get_ydata(), [0.1, 0.2, 0.1 * last])
-    assert labels(ax) == ("log time, log t", "log mean loss, log L")
+    said = " (asinh scale)" if scale == "asinh" else ""
+    assert labels(ax) == (f"log time, log t{said}", f"log mean loss, log L{said}")
     assert by_label(artists, "γ").axes.get_ylabel() == "margin γ = min q / ‖θ‖²"
     assert (ax.get_xscale(), ax.get_yscale()) == (scale, scale)
 
@@ -160,7 +168,7 @@ def test_regions_are_shares_of_all_trials(ax):
         return {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in bars if bar.get_height()}
 
     assert shares(0.8) == {4: 0.25, 5: 0.5} and shares(0.45) == {4: 0.25}
-    assert by_label(artists, "3 label switches").get_xdata()[0] == 3
+    assert by_label(artists, "least").get_xdata()[0] == 3
     assert labels(ax) == ("linear regions of the limit", "share of trials\n(1 of 4 unresolved)")
 
 

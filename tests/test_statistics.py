@@ -13,6 +13,7 @@ from gradflow.statistics import (
     confidence_sequence,
     estimate_probability,
     estimate_quantile,
+    quantile_sample_size,
     sample_size,
 )
 
@@ -171,6 +172,8 @@ def test_quantile_limits_cover_exactly_as_often_as_they_say(quantile, trials):
     else:
         assert binom.sf(trials - 1, trials, quantile) > 0.005
     assert found.estimate == np.quantile(np.arange(1, trials + 1), quantile, method="inverted_cdf")
+    finite = np.isfinite(found.low) and np.isfinite(found.high)
+    assert finite == (trials >= quantile_sample_size(quantile, 0.99))
 
 
 def test_quantiles_of_counts_are_covered():
