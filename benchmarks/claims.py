@@ -52,7 +52,7 @@ def main():
     args = parser.parse_args()
     if args.sweep is not None:
         write(gf.load(args.sweep)[KEPT], DATASET)
-    sweep = xr.load_dataset(DATASET, engine="scipy")
+    sweep = xr.load_dataset(DATASET)
     text = README.read_text(encoding="utf-8")
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     new = before + table(sweep) + after

@@ -52,5 +52,6 @@ from gradflow.theory import generalisation_bound as generalisation_bound
 from gradflow.theory import region_bound as region_bound
 from gradflow.theory import sufficient_width as sufficient_width
 from gradflow.trial import Trial as Trial
+from gradflow.watch import Progress as Progress
 
 __version__ = "0.1.0"

@@ -27,6 +27,7 @@ from gradflow.study import run_study, run_sweep
 from gradflow.sweep_plot import sweep_figure
 from gradflow.table import summary
 from gradflow.trial import Trial
+from gradflow.watch import Progress
 
 SWEEPS = {"none": lambda trial: [trial], "around": around, "thorough": thorough}
 TRIALS = {"none": 384, "around": 64, "thorough": 330}  # in each cell
@@ -62,10 +63,12 @@ def study(arguments: argparse.Namespace) -> None:
     trials = TRIALS[arguments.sweep] if arguments.trials is None else arguments.trials
     with tqdm(total=trials * len(cells), unit="trial", desc="compiling", disable=None) as bar:
 
-        def progress(done: int, counts) -> None:
+        def progress(now: Progress) -> None:
             bar.set_description("trials", refresh=False)
-            bar.set_postfix({str(name): int(count) for name, count in counts.items()}, refresh=False)
-            bar.update(done - bar.n)
+            p = now.interval
+            interval = "" if p is None else f", {p.estimate:.2f} [{p.low:.2f}, {p.high:.2f}]"
+            bar.set_postfix_str(", ".join(f"{n} {name}" for name, n in now.verdicts.items()) + interval, refresh=False)
+            bar.update(now.done - bar.n)
 
         key = jax.random.key(arguments.key)
         if arguments.sweep == "none":

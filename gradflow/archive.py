@@ -1,19 +1,22 @@
 """A study as a labelled dataset, in memory and on disk.
 
 A plain `xarray.Dataset` along the dimension `trial`, stamped with all it takes to run it again: its attributes `trial`,
-`key` and `versions` are JSON. A file is written whole or not at all, and read back only if it is a study.
+`key` and `versions` are JSON. A file is written whole or not at all, a part at a time, and read back only if it is a
+study.
 """
 
 import datetime
+import errno
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import h5netcdf
+import h5py
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -26,11 +29,14 @@ from gradflow.record import Verdict
 from gradflow.trial import Trial
 
 FILE = "study.nc"
-_ATTRIBUTES = {"trial", "key", "versions", "backend", "dtype", "created", "seconds", "history"}
+_ROWS = 2**16  # trials written at a time
+_IN_MEMORY = 1_000_000  # trials, of about 230 bytes, that a dataset is read into memory with
+Rows = Callable[[int | None, int, int], Mapping[str, np.ndarray]]
+_ATTRIBUTES = {"trial", "key", "versions", "backend", "dtype", "created", "seconds", "lane_attempts", "history"}
 _VERDICTS = {verdict.value: verdict.name for verdict in Verdict}
 _BOOL = {0: "no", 1: "yes"}
 # Attributes in which the studies of a sweep may differ.
-_STAMPS = ("trial", "key", "versions", "backend", "dtype", "created", "seconds", "history")
+_STAMPS = ("trial", "key", "versions", "backend", "dtype", "created", "seconds", "lane_attempts", "history")
 # What the cells of a sweep are told apart by.
 _SETTINGS = {
     "neurons": "teacher neurons r",
@@ -85,27 +91,22 @@ VARIABLES: dict[str, tuple[type, str, dict[int, str] | None]] = {
 }
 
 
-def assemble(parts, stamp: dict, old: xr.Dataset | None, seconds: float) -> xr.Dataset:
-    """The unbroken run of finished trials from trial 0, with units, meanings and provenance."""
-    columns, end = [], 0
-    while end in parts:
-        columns.append(parts[end])
-        end += columns[-1]["verdict"].size
+class UnreadableError(ValueError):
+    """A file that is damaged, or no netCDF."""
+
+
+def assembled(columns: Mapping[str, np.ndarray], numbers: np.ndarray, stamp: Mapping[str, object]) -> xr.Dataset:
+    """A study of trials with these numbers: its columns with units, meanings and provenance."""
     variables = {}
     for name, (kind, long_name, meanings) in VARIABLES.items():
-        attrs = {"long_name": long_name, "units": "1"}
+        attrs: dict[str, object] = {"long_name": long_name, "units": "1"}
         if meanings is not None:
             codes = np.array(list(meanings), np.int8 if kind is np.bool_ else kind)
             attrs |= {"flag_values": codes, "flag_meanings": " ".join(meanings.values())}
-        variables[name] = ("trial", np.concatenate([column[name] for column in columns]), attrs)
-    index = ("trial", np.arange(end, dtype=np.int32), {"long_name": "trial: key folded with this number", "units": "1"})
-    first = 0 if old is None else old.sizes["trial"]
-    line = f"{stamp['created']} trials {first} to {end - 1} on {stamp['backend']}, {stamp['versions']}"
-    if old is not None:
-        # A resumed study stays the study it was; what ran when, and with which versions, stands in its history.
-        stamp = stamp | {"created": old.attrs["created"]}
-        line, seconds = old.attrs["history"] + "\n" + line, seconds + float(old.attrs["seconds"])
-    return xr.Dataset(variables, {"trial": index}, stamp | {"seconds": seconds, "history": line})
+        variables[name] = ("trial", np.asarray(columns[name], kind), attrs)
+    attrs = {"long_name": "trial: key folded with this number", "units": "1"}
+    index = ("trial", np.asarray(numbers, np.int32), attrs)
+    return xr.Dataset(variables, {"trial": index}, stamp)
 
 
 def provenance(trial: Trial, key) -> dict[str, str]:
@@ -133,50 +134,79 @@ def key_from_json(text: str):
     return jr.wrap_key_data(jnp.asarray(content["data"], jnp.uint32), impl=content["impl"])
 
 
-def previous(file: pathlib.Path, trial: Trial, key) -> xr.Dataset | None:
-    """The study in `file`, if there is one; it must be of the same trial, key and float dtype."""
-    if file.parent.exists() and not file.parent.is_dir():
-        raise ValueError(f"path must be a directory, and {file.parent} is a file")
-    if not file.exists():
-        return None
-    old = load(file)
-    wanted = {"trial": trial.to_json(), "key": key_to_json(key), "dtype": str(jnp.result_type(float))}
-    for name, value in wanted.items():
-        if old.attrs[name] != value:
-            raise ValueError(
-                f"{file} holds a study of another {name}; choose another path.\n"
-                f"  there: {old.attrs[name]}\n  asked: {value}"
-            )
-    return old
+def publish(file: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+    """A file that is there whole or not at all, whatever happens: `fill` writes it under another name, then it is
+    flushed to the disk and renamed.
 
-
-def save(dataset: xr.Dataset, file: pathlib.Path) -> None:
-    """Write a study, unless the file holds more of it already."""
-    old = previous(file, Trial.from_json(dataset.attrs["trial"]), key_from_json(dataset.attrs["key"]))
-    if old is None or old.sizes["trial"] <= dataset.sizes["trial"]:
-        write(dataset, file)  # else another process got further with this very study in the meantime
-
-
-def write(dataset: xr.Dataset, file: pathlib.Path) -> None:
-    """Write `dataset` whole or not at all: under another name first, then flushed and renamed."""
-    encoding = {name: {"_FillValue": None} for name in dataset.variables if dataset[name].dtype.kind not in "OSU"}
-    content = bytes(dataset.to_netcdf(engine="scipy", format="NETCDF3_64BIT", encoding=encoding))
+    **Raises** `OSError` that says what to do, when the disk is full for instance.
+    """
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        fill(partial)
+        _flush(partial)
         os.replace(partial, file)
+        _flush(file.parent)
+    except OSError as error:
+        what = f"cannot be written: {error.strerror or error}. What was saved before is whole; run the same again"
+        raise OSError(error.errno, f"{what} when that is mended, and it goes on", str(file)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _flush(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(dataset: xr.Dataset, file: pathlib.Path, trials: int | None = None, rows: Rows | None = None) -> None:
+    """Write a study or a sweep as netCDF 4.
+
+    With `rows`, it is one of so many `trials`, of which `dataset` holds the first few, and `rows(cell, first, last)`
+    gives the columns of more: some thousands at a time are held in memory, however many there are.
+    """
+    trials = dataset.sizes["trial"] if trials is None else trials
+
+    def given(cell, first, last):
+        some = dataset if cell is None else dataset.isel(cell=cell)
+        return {name: some[name].values[first:last] for name in VARIABLES if name in some}
+
+    rows = given if rows is None else rows
+
+    def fill(partial: pathlib.Path) -> None:
+        with h5netcdf.File(partial, "w") as out:
+            out.dimensions = {str(name): size for name, size in dataset.sizes.items()} | {"trial": trials}
+            for name, variable in dataset.variables.items():
+                flags = {"dtype": "bool"} if variable.dtype == np.bool_ else {}
+                kind = {"U": h5py.string_dtype(), "b": np.int8}.get(variable.dtype.kind, variable.dtype)
+                made = out.create_variable(str(name), tuple(map(str, variable.dims)), kind)
+                made.attrs.update(variable.attrs | flags)
+                if "trial" not in variable.dims:
+                    made[...] = variable.values.astype(object if variable.dtype.kind == "U" else kind)
+            out.attrs.update({str(name): value for name, value in dataset.attrs.items()})
+            if others := sorted(str(name) for name in dataset.coords if name not in dataset.dims):
+                out.attrs["coordinates"] = " ".join(others)
+            out.variables["trial"][:] = np.arange(trials, dtype=np.int32)
+            for cell in range(dataset.sizes["cell"]) if "cell" in dataset.dims else (None,):
+                for first in range(0, trials, _ROWS):
+                    last = min(first + _ROWS, trials)
+                    for name, column in rows(cell, first, last).items():
+                        where = (slice(first, last),) if cell is None else (cell, slice(first, last))
+                        out.variables[name][where] = column.astype(
+                            np.int8 if column.dtype == np.bool_ else column.dtype
+                        )
+
+    publish(file, fill)
+
+
 def load(path: str | os.PathLike) -> xr.Dataset:
-    """The study or sweep kept in the directory `path` (or in the file `path`), in memory.
+    """The study or sweep kept in the directory `path` (or in the file `path`): in memory up to a million trials, beyond
+    that read as it is needed.
 
     **Raises** `FileNotFoundError` if there is none, and `ValueError`, naming files, if it is torn or neither, if the
-    directory holds several, and for a sweep that is not finished.
+    directory holds several, and for one that is not finished.
     """
     file = pathlib.Path(path)
     if file.is_dir():
@@ -185,12 +215,22 @@ def load(path: str | os.PathLike) -> xr.Dataset:
             raise ValueError(f"{file} holds several; load one of {', '.join(str(one) for one in found)}")
         if not found and any(file.glob(f"cell-*/{FILE}")):
             raise ValueError(f"{file} holds an unfinished sweep; run it again with the same cells, and it goes on")
-        file = found[0] if found else file / FILE
-    content = file.read_bytes()
+        if not found and any(file.glob("part-*.nc")):
+            raise ValueError(
+                f"{file} holds an unfinished study; run it again with the same trial and key, and it goes on"
+            )
+        if not found:
+            raise FileNotFoundError(errno.ENOENT, "there is no study", str(file / FILE))
+        file = found[0]
+    elif not file.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no study", str(file))
     try:
-        dataset = xr.load_dataset(io.BytesIO(content), engine="scipy")
+        dataset = xr.open_dataset(file)
+        if dataset.sizes.get("trial", 0) * dataset.sizes.get("cell", 1) <= _IN_MEMORY:
+            dataset = dataset.load()
+            dataset.close()
     except Exception as error:  # whatever the reader trips over: a torn file fails in many ways
-        raise ValueError(f"{file} cannot be read as netCDF; it is torn or something else: {error}") from error
+        raise UnreadableError(f"{file} cannot be read as netCDF; it is torn or something else: {error}") from error
     several = "cell" in dataset.dims
     found = dataset.attrs.keys() | {str(name).removeprefix("study_") for name in dataset.coords}
     lacks = (VARIABLES.keys() - dataset.data_vars.keys()) | (_ATTRIBUTES - found)
@@ -215,7 +255,7 @@ def gathered(cells: Sequence[xr.Dataset], key) -> xr.Dataset:
     return sweep.assign_attrs(
         title="gradflow sweep",
         key=key_to_json(key),
-        seconds=sum(float(cell.attrs["seconds"]) for cell in cells),
+        **{name: sum(float(cell.attrs[name]) for cell in cells) for name in ("seconds", "lane_attempts")},
         **{name: cells[0].attrs[name] for name in ("versions", "backend", "dtype", "created")},
     )
 

@@ -18,10 +18,16 @@ from gradflow.limit import Candidate, Limit, candidate, judged
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
 from gradflow.outcome import Entry, Flow, Path, Status, Until
+from gradflow.rosenbrock import Rodas4
 from gradflow.slow import no_split
 
 _RANK = 160  # positions kept in the Jacobian of the stiff solver: all of them up to 79 neurons, or 160 points
 _ROUNDS = 6  # of ten times the ρ², until a limit is certified
+
+
+def default_solvers() -> tuple[diffrax.AbstractSolver, ...]:
+    """An explicit one, where nothing is stiff and the Jacobian large, and one for all the rest."""
+    return diffrax.Tsit5(scan_kind="lax"), Rodas4()
 
 
 class Pursuit(eqx.Module):
@@ -119,13 +125,16 @@ class Course(eqx.Module):
         return cls(problem, data, state, path, pursuit, jnp.array(False))
 
     @property
-    def waits(self) -> Bool[Array, ""]:
+    def waits(self) -> Bool[Array, "*lanes"]:
         """Whether a round has ended, for `hand_over` to look at."""
         return ~self.over & (self.state.status != Status.running)
 
-    def follow(self) -> "Course":
-        """Until the round ends."""
-        problem = self.problem
+    def follow(self, attempts=2**31 - 1) -> "Course":
+        """Until the round ends, or so many step attempts have been made."""
+        problem, last = self.problem, self.attempts + attempts
+
+        def going(state: State):
+            return ~self.over & (state.status == Status.running) & (state.accepted + state.rejected < last)
 
         def body(carry):
             before, path = carry
@@ -135,8 +144,12 @@ class Course(eqx.Module):
                 path = problem.record(path, state, due)
             return state, path
 
-        state, path = jax.lax.while_loop(lambda c: c[0].status == Status.running, body, (self.state, self.path))
+        state, path = jax.lax.while_loop(lambda c: going(c[0]), body, (self.state, self.path))
         return eqx.tree_at(lambda c: (c.state, c.path), self, (state, path), is_leaf=lambda leaf: leaf is None)
+
+    @property
+    def attempts(self) -> Int[Array, "*lanes"]:
+        return self.state.accepted + self.state.rejected
 
     def hand_over(self) -> "Course":
         """What the end of a round leads to: the end of the flow, or of its search for a limit, or the next round.

@@ -31,14 +31,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gradflow.course import Course
+from gradflow.course import Course, default_solvers
 from gradflow.data import Dataset
 from gradflow.hybrid import FLOAT32_LOG_LOSS
 from gradflow.limit import Limit, LimitStatus
 from gradflow.loss import Exponential, Loss
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.outcome import Flow, Until
-from gradflow.rosenbrock import Rodas4
 
 
 def integrate(
@@ -83,7 +82,7 @@ def integrate(
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, such as {example}, got {value!r}")
-    solvers = (diffrax.Tsit5(scan_kind="lax"), Rodas4()) if solver is None else (_with_tolerances(solver, rtol, atol),)
+    solvers = default_solvers() if solver is None else (_with_tolerances(solver, rtol, atol),)
     if net.w.ndim != 1 or data.x.ndim != 1:
         raise ValueError(
             f"integrate takes one network and one dataset, got weights of shape {net.w.shape} and points of shape "

@@ -19,7 +19,7 @@ from gradflow.data import Dataset
 from gradflow.distribution import Distribution
 from gradflow.limit import LIMIT_STATUSES, LimitStatus
 from gradflow.network import ReluNetwork
-from gradflow.optimum import max_margin
+from gradflow.optimum import Optimum
 from gradflow.outcome import STATUSES, Flow, Status
 from gradflow.teacher import Teacher, population_error
 from gradflow.theory import coverage, loss_law, placed_knots, region_bound, survivors
@@ -92,9 +92,12 @@ class Record(NamedTuple):
     rejected: Int[Array, ""]
 
 
-def judge(neurons, law: Distribution, teacher: Teacher, data: Dataset, net: ReluNetwork, flow: Flow) -> Record:
-    """The record of a trial from its initial network and its flow, which must have sought its limit; r = `neurons`."""
-    limit, best = flow.limit, max_margin(data)
+def judge(
+    neurons, law: Distribution, teacher: Teacher, data: Dataset, best: Optimum, net: ReluNetwork, flow: Flow
+) -> Record:
+    """The record of a trial from the optimum for its data, its initial network and its flow, which must have sought its
+    limit; r = `neurons`."""
+    limit = flow.limit
     assert limit is not None
     certified, stalled = limit.certified, flow.status == Status.stalled
     finite = jnp.isfinite(flow.final.squared_norm)

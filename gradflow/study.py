@@ -1,53 +1,38 @@
 """Many trials: run in batches, kept in a labelled dataset, and resumed where they stopped.
 
 Trial i depends on the study's key and i only, so the first n of 2n trials are the n trials of a smaller study, whatever
-the batches, threads or interruptions: its verdicts are equal, and its numbers to the integration tolerance (a batch of
-another size rounds differently). The number of trials is fixed beforehand. Stopping when the numbers look right would
-spoil the intervals, except that of `confidence_sequence`.
+the batches, threads, devices, executors or interruptions: its verdicts are equal, and its numbers to the integration
+tolerance (a batch of another size rounds differently). The number of trials is fixed beforehand. Stopping when the
+numbers look right would spoil the intervals, except that of `confidence_sequence`.
 
 A *sweep* is several studies, its cells, along one more dimension. A cell's key depends on the sweep's key and on what
 the cell is, so cells are independent of each other, and adding some does not change the others. Cells of one loss and
 one kind of input law share compiled programs, padded to the largest sizes among them.
+
+**Several processes** that `jax.distributed` has joined each take their share of the trials, and need a `path` that all
+of them see.
 """
 
-import dataclasses
 import functools
 import hashlib
 import operator
 import os
 import pathlib
-import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Executor
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import xarray as xr
+from jax.experimental import multihost_utils
 
-from gradflow.archive import (
-    FILE,
-    VARIABLES,
-    assemble,
-    gathered,
-    key_from_json,
-    load,
-    previous,
-    provenance,
-    save,
-    studies,
-    sweep_name,
-    write,
-)
+from gradflow.archive import gathered, key_from_json, load, studies, sweep_name, write
+from gradflow.dispatch import Cell, by_executor, locally
 from gradflow.outcome import Flow
-from gradflow.record import Record, Verdict
-from gradflow.trial import Slots, Trial, draw, measure
-
-_CHECKPOINT = 60.0  # seconds between saves of an unfinished study
-_CPU_BATCH, _DEVICE_BATCH = 4, 1024
-
-Progress = Callable[[int, dict[str, int]], None]
+from gradflow.store import Store
+from gradflow.trial import Slots, Trial
+from gradflow.watch import Progress, Watch
 
 
 def run_study(
@@ -57,7 +42,8 @@ def run_study(
     trials,
     path: str | os.PathLike | None = None,
     batch=None,
-    progress: Progress | None = None,
+    executor=None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> xr.Dataset:
     """Run `trials` independent trials.
 
@@ -66,25 +52,29 @@ def run_study(
     - `trial`: the experiment;
     - `key`: one JAX random key; trial i uses `jax.random.fold_in(key, i)`;
     - `trials`: how many, in total;
-    - `path`: a directory to keep the study in, made if need be, as the file `study.nc` (netCDF). If it holds a study of
-      the same trial and key already, only what is missing is run. Finished trials are saved every minute and when the
-      study is interrupted (Ctrl-C waits for the batches under way);
-    - `batch`: trials in one compiled call, which takes as long as its slowest trial. The default is small on CPUs,
-      where several calls run at once in threads, and large elsewhere;
-    - `progress`: called as `progress(done, counts)` whenever a batch is done, with the number of finished trials and a
-      mapping that says how many hold, fail and are unresolved.
+    - `path`: a directory to keep the study in, made if need be: as `study.nc` (netCDF) and the parts it is made of
+      (`gradflow/store.py`). If it holds trials of the same study already, only what is missing is run. Finished trials
+      are saved every half minute, and when the study is interrupted;
+    - `batch`: trials that a compiled program holds at a time; one that ends makes room for the next. The default is 8
+      on CPUs, where each core has a program of its own, and as many as fit in memory elsewhere, on each device;
+    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` or `client.get_executor()` of a
+      Dask cluster, to run the trials in tasks of 16 batches each. The default is this process and all its devices;
+    - `progress`: called now and then with a `Progress`.
 
-    **Returns** a dataset with the fields of `Record` along `trial`.
+    **Returns** a dataset with the fields of `Record` along `trial`. Its attribute `lane_attempts` says for how many
+    step attempts the lanes of all batches made time; what share of them trials took is in `gradflow.summary`.
 
-    **Raises** `ValueError`, before anything compiles, for bad counts or keys, in float32, and for a
-    `path` that holds another study or a file that cannot be read. Trials never raise: they end with a status.
+    **Raises** `ValueError`, before anything compiles, for bad counts or keys, in float32, for a `path` that holds
+    another study, and for none when several processes share the study; `MemoryError` for a batch that does not fit;
+    `OSError` if the disk is full; `RuntimeError` if a worker died. All of these leave a study that can be gone on with.
+    Trials never raise: they end with a status.
 
     >>> trial = Trial(neurons=2, switches=1, width=32, samples=20)
     >>> dataset = run_study(trial, key=jax.random.key(0), trials=64)  # doctest: +SKIP
     """
-    file = None if path is None else pathlib.Path(path) / FILE
-    (dataset,) = _run([(trial, _checked(key), file)], trials, batch, progress)
-    return dataset
+    folder = None if path is None else pathlib.Path(path)
+    (store,) = _run([(trial, _checked(key), folder)], trials, batch, executor, progress)
+    return store.dataset(trials)
 
 
 def run_sweep(
@@ -94,7 +84,8 @@ def run_sweep(
     trials,
     path: str | os.PathLike | None = None,
     batch=None,
-    progress: Progress | None = None,
+    executor=None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> xr.Dataset:
     """Run `trials` independent trials of each of several experiments.
 
@@ -105,7 +96,8 @@ def run_sweep(
       and what is there is never run again, and all of it as `sweep-….nc`, named after its cells.
 
     **Returns** a dataset with the fields of `Record` along `cell` and `trial`, and what the cells are as coordinates of
-    `cell`: `dataset.set_index(cell=["width", "samples"]).unstack("cell")` lays them out as a grid.
+    `cell`: `dataset.set_index(cell=["width", "samples"]).unstack("cell")` lays them out as a grid, if that tells them
+    apart.
 
     **Raises** as `run_study` does, and `ValueError` for no cells and for equal ones.
 
@@ -121,14 +113,16 @@ def run_sweep(
     work = []
     for trial in cells:
         name = hashlib.sha256(trial.to_json().encode()).hexdigest()[:8]
-        file = None if folder is None else folder / f"cell-{name}" / FILE
-        work.append((trial, jr.fold_in(key, int(name, 16)), file))
-    sweep = gathered(_run(work, trials, batch, progress), key)
-    if folder is not None:
-        file = folder / sweep_name(cells)
-        if not file.exists() or load(file).sizes["trial"] < sweep.sizes["trial"]:
-            write(sweep, file)
-    return sweep
+        work.append((trial, jr.fold_in(key, int(name, 16)), None if folder is None else folder / f"cell-{name}"))
+    stores = _run(work, trials, batch, executor, progress)
+    if folder is None:
+        return gathered([store.dataset(trials) for store in stores], key)
+    file = folder / sweep_name(cells)
+    if jax.process_index() == 0 and not (file.exists() and load(file).sizes["trial"] >= trials):
+        empty = gathered([store.slice(0, 0) for store in stores], key)
+        write(empty, file, trials, lambda cell, first, last: stores[cell or 0].rows(first, last))
+    _meet("written")
+    return load(file).isel(trial=slice(trials))
 
 
 def replay(dataset: xr.Dataset, trial) -> Flow:
@@ -153,102 +147,56 @@ def replay(dataset: xr.Dataset, trial) -> Flow:
     return Trial.from_json(dataset.attrs["trial"]).flow(key, save=200)
 
 
-@dataclasses.dataclass
-class _Cell:
-    """One study under way: what it was, if anything, and its finished batches by their first trial."""
-
-    trial: Trial
-    key: jax.Array
-    file: pathlib.Path | None
-    old: xr.Dataset | None
-    stamp: dict[str, str]
-    parts: dict[int, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
-    busy: float = 0.0  # seconds of threads
-    saved: int = 0
-
-    def dataset(self, seconds: float) -> xr.Dataset:
-        return assemble(self.parts, self.stamp, self.old, seconds)
-
-    def save(self, seconds: float) -> None:
-        if self.file is not None and 0 in self.parts and len(self.parts) > self.saved:
-            save(self.dataset(seconds), self.file)
-            self.saved = len(self.parts)
-
-
 def _run(
-    work: Sequence[tuple[Trial, jax.Array, pathlib.Path | None]], trials, batch, progress: Progress | None
-) -> list[xr.Dataset]:
-    """The studies of several cells (trial, key, file)."""
+    work: Sequence[tuple[Trial, jax.Array, pathlib.Path | None]],
+    trials,
+    batch,
+    executor,
+    progress: Callable[[Progress], None] | None,
+) -> list[Store]:
+    """The studies of several cells (trial, key, folder), with all their trials."""
     trials = _positive("trials", trials)
-    on_cpu = jax.default_backend() == "cpu"
-    batch = min(trials, _CPU_BATCH if on_cpu else _DEVICE_BATCH) if batch is None else _positive("batch", batch)
-    values = [trial.values for trial, *_ in work]
+    batch = None if batch is None else _positive("batch", batch)
+    if executor is not None and not isinstance(executor, Executor):
+        raise ValueError(f"executor must be a concurrent.futures.Executor, got {executor!r}")
+    if jax.process_count() > 1 and (executor is not None or any(folder is None for *_, folder in work)):
+        raise ValueError("several processes share a study through its path: give one that all of them see, no executor")
+    for trial, *_ in work:
+        _ = trial.values  # raises in float32
+    stores = [Store(*one, trials) for one in work]
     slots = _shared_slots([trial for trial, *_ in work], trials)
-    cells = []
-    for trial, key, file in work:
-        old = None if file is None else previous(file, trial, key)
-        cell = _Cell(trial, key, file, old, provenance(trial, key))
-        if old is not None:
-            cell.parts[0], cell.saved = {name: old[name].values[:trials] for name in VARIABLES}, 1
-        cells.append(cell)
-    if any(cell.parts for cell in cells):
-        _report(progress, cells)
-    done = [0 if cell.old is None else cell.old.sizes["trial"] for cell in cells]
-    todo = [i for i in range(len(cells)) if done[i] < trials]
-    for i in todo:
-        if (file := cells[i].file) is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-
-    # A compiled call lets go of Python's lock, so that threads fill the cores of a CPU; other devices have a queue.
-    pool = ThreadPoolExecutor((os.cpu_count() or 1) if on_cpu else 1)
-    begun = saved = time.monotonic()
-    futures: dict[Future, tuple[int, int]] = {}
-
-    def submit(i: int, start: int) -> Future:
-        wanted = range(start, min(start + batch, trials))
-        future = pool.submit(_records, cells[i].trial.sizes(slots[i]), values[i], cells[i].key, wanted, batch)
-        futures[future] = i, start
-        return future
-
-    def harvest(future: Future) -> None:
-        i, start = futures.pop(future)
-        cells[i].parts[start], busy = future.result()
-        cells[i].busy += busy
-
-    def seconds(cell: _Cell, now: float) -> float:
-        """Its share of the time so far."""
-        whole = sum(other.busy for other in cells)
-        return (now - begun) * (cell.busy / whole if whole else 1 / len(cells))
-
-    starts = {i: list(range(done[i], trials, batch)) for i in todo}
-    programs: dict[object, int] = {}
+    families: dict[object, list[Cell]] = {}
+    for i, (store, (trial, key, _)) in enumerate(zip(stores, work, strict=True)):
+        mine = store.missing(trials)
+        mine = mine[mine % jax.process_count() == jax.process_index()]
+        if mine.size:
+            families.setdefault((slots[i], _kind(trial)), []).append(Cell(i, trial, slots[i], key, mine))
+    watch = Watch(stores, trials, progress)
+    watch.look()
     try:
-        # Threads that found a program missing would each compile it: one batch of each comes first.
-        for i in todo:
-            _draws(cells[i].trial.sizes(slots[i]), values[i], cells[i].key, np.zeros(batch, np.uint32))
-            programs.setdefault((slots[i], _kind(cells[i].trial)), i)
-        wait([submit(i, starts[i].pop(0)) for i in programs.values()], return_when=FIRST_EXCEPTION)
-        for i in todo:
-            for start in starts[i]:
-                submit(i, start)
-        for future in as_completed(list(futures)):
-            harvest(future)
-            _report(progress, cells)
-            if time.monotonic() - saved > _CHECKPOINT:
-                saved = time.monotonic()
-                for cell in cells:
-                    cell.save(seconds(cell, saved))
+        if families:
+            run = locally if executor is None else functools.partial(by_executor, executor)
+            run(list(families.values()), batch, watch)
+            watch.look()
     finally:
-        # Batches begin in order, so those that were allowed to end are an unbroken run from trial 0.
-        pool.shutdown(wait=True, cancel_futures=True)
-        for future in list(futures):
-            if not future.cancelled() and future.exception() is None:
-                harvest(future)
-        ended = time.monotonic()
-        for cell in cells:
-            cell.save(seconds(cell, ended))
-    whole = [cell.old if done[i] >= trials else cell.dataset(seconds(cell, ended)) for i, cell in enumerate(cells)]
-    return [dataset.isel(trial=slice(trials)) for dataset in whole]
+        watch.save()
+        if jax.process_count() == 1:
+            for store in stores:
+                store.write()
+    _meet("run")
+    if jax.process_count() > 1:
+        stores = [Store(*one, trials) for one in work]  # with what the others have run
+        if jax.process_index() == 0:
+            for store in stores:
+                store.write()
+        _meet("kept")
+    return stores
+
+
+def _meet(what: str) -> None:
+    """Wait for the other processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"gradflow study {what}")
 
 
 def _shared_slots(cells: Sequence[Trial], trials: int) -> list[Slots]:
@@ -283,33 +231,6 @@ def _shared_slots(cells: Sequence[Trial], trials: int) -> list[Slots]:
 def _kind(trial: Trial):
     """What the code of a trial's flow and judgement depends on, besides sizes."""
     return trial.loss, type(trial.distribution)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _draws(sizes, values, key, indices):
-    return jax.vmap(lambda i: draw(sizes, values, jr.fold_in(key, i)))(indices)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _measures(loss, values, drawn) -> Record:
-    return jax.vmap(lambda *one: measure(loss, values, *one))(*drawn)
-
-
-def _records(sizes, values, key, wanted: range, batch: int) -> tuple[dict[str, np.ndarray], float]:
-    """One batch, padded with repeats of its last trial to the compiled size, and cut; and how long it took."""
-    begun = time.monotonic()
-    indices = np.minimum(np.arange(wanted.start, wanted.start + batch), wanted.stop - 1).astype(np.uint32)
-    outcome = _measures(sizes.loss, values, _draws(sizes, values, key, indices))
-    part = {
-        name: np.asarray(getattr(outcome, name))[: len(wanted)].astype(kind) for name, (kind, *_) in VARIABLES.items()
-    }
-    return part, time.monotonic() - begun
-
-
-def _report(progress: Progress | None, cells: list[_Cell]) -> None:
-    if progress is not None:
-        codes = np.concatenate([part["verdict"] for cell in cells for part in cell.parts.values()])
-        progress(codes.size, {verdict.name: int(np.sum(codes == verdict.value)) for verdict in Verdict})
 
 
 def _checked(key):

@@ -89,7 +89,10 @@ def summary(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> str:
         if STATUSES[code] not in _DECIDED:
             lines.append(f"    {_where(dataset, code)}")
     cells = f" in {len(studies(dataset))} cells" if "cell" in dataset.dims else ""
-    lines.append(f"{status.size} trials{cells} in {float(dataset.attrs['seconds']):.1f} s")
+    attempts = int(np.sum(dataset["steps"].values, dtype=int) + np.sum(dataset["rejected"].values, dtype=int))
+    useful = attempts / max(float(dataset.attrs["lane_attempts"]), 1.0)
+    seconds = float(dataset.attrs["seconds"])
+    lines.append(f"{status.size} trials{cells} in {seconds:.1f} s; {useful:.0%} of the lanes' time went into them")
     return "\n".join(lines)
 
 

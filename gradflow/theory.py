@@ -99,8 +99,10 @@ def placed_knots(limit: Limit, data: Dataset) -> tuple[Int[Array, ""], Int[Array
     go to neither; those beyond the outermost points are not counted).
     """
     place, real = Piecewise(limit.network).knots(limit.resolution)
-    nearest = jnp.min(jnp.abs(place[:, None] - data.x[None, :]), axis=1)
-    pinned = jnp.sum(real & (nearest <= limit.resolution))
+    distance = jnp.abs(place[:, None] - data.x[None, :])
+    stuck = jnp.min(distance, axis=1) <= limit.resolution
+    # A knot that sits on the first or last point of a run belongs to it, on whichever side rounding puts it.
+    place = jnp.where(stuck, data.x[jnp.argmin(distance, axis=1)], place)
     order = jnp.argsort(data.x)
     x, y = data.x[order], data.y[order]
     run = jnp.concatenate([jnp.zeros((1,), int), jnp.cumsum((y[1:] != y[:-1]).astype(int))])
@@ -108,7 +110,7 @@ def placed_knots(limit: Limit, data: Dataset) -> tuple[Int[Array, ""], Int[Array
     right = jnp.clip(jnp.searchsorted(x, place, side="left"), 0, x.shape[0] - 1)
     inside = real & (place >= x[0]) & (place <= x[-1]) & (run[left] == run[right])
     count = jnp.zeros(x.shape[0], int).at[run[left]].add(inside.astype(int))
-    return pinned, jnp.max(count)
+    return jnp.sum(real & stuck), jnp.max(count)
 
 
 def loss_law(log_loss, log_time, margin, samples) -> Float[Array, ""]:

@@ -21,6 +21,7 @@ from gradflow.distribution import DISTRIBUTIONS, Distribution, Uniform
 from gradflow.flow import integrate
 from gradflow.loss import LOSSES
 from gradflow.network import SCHEMES, ReluNetwork
+from gradflow.optimum import max_margin
 from gradflow.outcome import Flow
 from gradflow.record import Record, judge
 from gradflow.teacher import Teacher, max_switches
@@ -176,7 +177,7 @@ class Trial:
         dtype = jnp.result_type(float)
         if dtype != jnp.float64:
             raise ValueError("a trial needs float64: call jax.config.update('jax_enable_x64', True) first")
-        whole = {name: jnp.asarray(getattr(self, name)) for name in ("neurons", "width", "samples", "max_steps")}
+        whole = {name: jnp.asarray(getattr(self, name), int) for name in ("neurons", "width", "samples", "max_steps")}
         real = {name: jnp.asarray(getattr(self, name), dtype) for name in ("min_run", "scale", "rtol", "atol")}
         law = jax.tree.map(lambda a: jnp.asarray(a, dtype), self.distribution)
         return Values(distribution=law, **whole, **real)
@@ -214,7 +215,7 @@ def draw(sizes: Sizes, values: Values, key: PRNGKeyArray) -> tuple[Teacher, Data
 def measure(loss: str, values: Values, teacher: Teacher, data: Dataset, net: ReluNetwork) -> Record:
     """The record of a trial that was drawn."""
     flow = _integrate(loss, values, data, net)
-    return judge(values.neurons, values.distribution, teacher, data, net, flow)
+    return judge(values.neurons, values.distribution, teacher, data, max_margin(data), net, flow)
 
 
 def _integrate(loss, values, data, net, save=None) -> Flow:

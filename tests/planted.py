@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import xarray as xr
 
-from gradflow.archive import VARIABLES, assemble, gathered, key_to_json
+from gradflow.archive import VARIABLES, assembled, gathered, key_to_json
 from gradflow.record import Verdict
 from gradflow.trial import Trial
 
@@ -37,7 +37,8 @@ def study(trial: Trial, trials: int, **columns) -> xr.Dataset:
         both = np.stack([part["accuracy_verdict"], part["regions_verdict"]])
         part["verdict"][:] = np.where((both == 2).any(0), 2, np.where((both == 1).all(0), 1, 0))
     stamp = STAMP | {"title": "gradflow study", "trial": trial.to_json(), "key": key_to_json(jr.key(0))}
-    return assemble({0: part}, stamp, None, 1.0)
+    spent = {"seconds": 1.0, "lane_attempts": 1.0, "history": ""}
+    return assembled(part, np.arange(trials), stamp | spent)
 
 
 def sweep(*studies: xr.Dataset) -> xr.Dataset:

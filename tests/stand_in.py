@@ -3,13 +3,15 @@
 import dataclasses
 import itertools
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 import xarray as xr
 
-from gradflow import study
+from gradflow import engine
 from gradflow.archive import VARIABLES
 from gradflow.record import Record
 from gradflow.trial import Trial
@@ -25,33 +27,70 @@ _widths = itertools.count(1001)
 
 
 class Traces(list):
-    """The sizes that draws were traced for, and in `programs` the widths that flows were traced for."""
+    """The sizes that draws were traced for, and in `programs` the widths that batches were traced for."""
 
     def __init__(self):
         super().__init__()
         self.programs = []
 
 
-@pytest.fixture
-def traces(monkeypatch):
-    """Puts the stand-in in place of the trial's draws and record, and lists their traces."""
-    traces = Traces()
+TRACES = Traces()
 
-    def draw(sizes, values, key):
-        traces.append(sizes)
-        return jr.bits(key, (len(Record._fields),), jnp.uint32), jnp.zeros(sizes.slots.width)
 
-    def measure(loss, values, bits, net):
-        traces.programs.append(net.shape[0])
+def draw(sizes, values, key):
+    TRACES.append(sizes)
+    return jr.bits(key, (len(Record._fields),), jnp.uint32), jnp.zeros(sizes.slots.width)
+
+
+class FakeLane(eqx.Module):
+    """A trial that takes up to 400 attempts and has a random record."""
+
+    bits: jax.Array
+    net: jax.Array
+    scale: jax.Array
+    needs: jax.Array
+    attempts: jax.Array
+    over: jax.Array
+
+    @classmethod
+    def begin(cls, loss, values, bits, net):
+        needs = (bits[0] % 20) ** 2 + 1
+        return cls(bits, net, values.scale, needs.astype(int), jnp.zeros((), int), jnp.array(False))
+
+    @property
+    def waits(self):
+        return ~self.over & (self.attempts >= self.needs)
+
+    def idle(self):
+        return eqx.tree_at(lambda lane: lane.over, self, jnp.ones_like(self.over))
+
+    def follow(self, attempts):
+        TRACES.programs.append(self.net.shape[0])
+        now = jnp.where(self.over, self.attempts, jnp.minimum(self.attempts + attempts, self.needs))
+        return eqx.tree_at(lambda lane: lane.attempts, self, now)
+
+    def close(self):
         outcome = {}
         for i, (name, (kind, *_)) in enumerate(VARIABLES.items()):
-            real = bits[i].astype(values.scale.dtype) / 2**32 * values.scale
-            outcome[name] = real if kind is np.float64 else (bits[i] % 3).astype(kind)
-        return Record(**outcome)
+            real = self.bits[i].astype(self.scale.dtype) / 2**32 * self.scale
+            outcome[name] = real if kind is np.float64 else (self.bits[i] % 3).astype(kind)
+        outcome |= {"steps": self.attempts.astype(np.int32), "rejected": jnp.zeros((), np.int32)}
+        return eqx.tree_at(lambda lane: lane.over, self, self.over | self.waits), Record(**outcome)
 
-    monkeypatch.setattr(study, "draw", draw)
-    monkeypatch.setattr(study, "measure", measure)
-    return traces
+
+def install():
+    """In a worker process."""
+    engine.draw, engine.Lane = draw, FakeLane
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Puts the stand-in in place of the trial's draws and lanes, and lists their traces."""
+    TRACES.clear()
+    TRACES.programs.clear()
+    monkeypatch.setattr(engine, "draw", draw)
+    monkeypatch.setattr(engine, "Lane", FakeLane)
+    return TRACES
 
 
 @pytest.fixture

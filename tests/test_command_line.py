@@ -11,7 +11,9 @@ import pytest
 import gradflow
 from gradflow.__main__ import default_folder, main, read_points
 from gradflow.archive import load
+from gradflow.statistics import estimate_probability
 from gradflow.trial import Trial
+from gradflow.watch import Progress
 
 ROOT = Path(__file__).parents[1]
 X, Y = [-0.5, 0.25, 1.0], [-1.0, 1.0, 1.0]
@@ -205,7 +207,7 @@ def test_study_prints_claims_and_writes_dataset_and_figure(tmp_path, monkeypatch
     assert dataset.sizes["trial"] == 3
     assert np.all(dataset["sample_switches"].values <= 1)
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(file.name for file in folder.iterdir()) == ["study.nc", "study.png"]
+    assert {"manifest.json", "study.nc", "study.png"} < {file.name for file in folder.iterdir()}
     # Another experiment must not overwrite this one, and has a folder of its own unless told otherwise.
     code, _, err = run(capsys, "study", *SMALL, "--trials", 3, "--key", 6, "--path", folder)
     assert code == 2 and str(folder) in err
@@ -221,7 +223,7 @@ def test_study_sweeps_around_the_trial(tmp_path, monkeypatch, capsys, argv, cell
 
     def run_sweep(cells, *, key, trials, path, progress):
         asked.update(cells=list(cells), trials=trials, path=path)
-        progress(1, {"holds": 1})
+        progress(Progress(1, 2, {"holds": 1}, estimate_probability(1, 1), 0.5, 2.0))
         path.mkdir()
         return planted.sweep(*(planted.study(cell, 12, population_error=0.01) for cell in cells))
 

@@ -15,14 +15,16 @@ PACKAGE = Path(gradflow.__file__).parent
 # A module may import from those before it.
 ORDER = (
     "network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock "
-    "program certificate limit outcome hybrid course flow descent optimum theory record trial statistics archive study "
-    "claim scaling table design plot sweep_plot __main__"
+    "program certificate limit outcome hybrid course flow descent optimum theory record trial lane engine statistics "
+    "archive store watch dispatch study claim scaling table design plot sweep_plot __main__"
 ).split()
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 ROOMS = {
     "diffrax": {"course", "flow", "hybrid", "rosenbrock"},
     "optax": {"descent"},
-    "xarray": {"archive", "study", "claim", "scaling", "table", "sweep_plot"},
+    "h5netcdf": {"archive"},
+    "h5py": {"archive"},
+    "xarray": {"archive", "store", "study", "claim", "scaling", "table", "sweep_plot"},
     "scipy": {"statistics"},
     "matplotlib": {"plot", "sweep_plot", "__main__"},
     "tqdm": {"__main__"},

@@ -17,22 +17,25 @@ import jax.random as jr
 import numpy as np
 import pytest
 import xarray as xr
-from stand_in import KEY, QUICK, first, fresh, same, traces, trial  # noqa: F401 (fixtures)
+from stand_in import KEY, QUICK, FakeLane, draw, first, fresh, same, traces, trial  # noqa: F401 (fixtures)
 
-from gradflow import study
+from gradflow import dispatch, engine
 from gradflow.archive import VARIABLES, key_from_json, load, studies
 from gradflow.outcome import STATUSES, Status
 from gradflow.record import Record, Verdict
+from gradflow.statistics import confidence_sequence
 from gradflow.study import _shared_slots, replay, run_study, run_sweep
+from gradflow.table import summary
 
 # Which trials there are
 
 
 def test_trial_i_is_the_key_folded_with_i(trial):
     dataset = run_study(trial, key=KEY, trials=7, batch=3)
-    one = jax.jit(lambda key: study.measure(trial.loss, trial.values, *study.draw(trial.sizes(), trial.values, key)))
     for i in range(7):
-        alone = one(jr.fold_in(KEY, i))
+        lane = FakeLane.begin(trial.loss, trial.values, *draw(trial.sizes(), trial.values, jr.fold_in(KEY, i)))
+        lane, alone = lane.follow(10_000).close()
+        assert lane.over
         for name in Record._fields:
             assert dataset[name].values[i] == getattr(alone, name)
     assert len(np.unique(dataset["margin"])) == 7
@@ -51,10 +54,27 @@ def test_threads_change_nothing(trial, threads, monkeypatch):
     assert same(run_study(trial, key=KEY, trials=30, batch=1), expected)
 
 
-def test_order_of_completion_changes_nothing(trial, monkeypatch):
-    expected = run_study(trial, key=KEY, trials=20, batch=2)
-    monkeypatch.setattr(study, "as_completed", lambda futures: reversed(list(futures)))
-    assert same(run_study(trial, key=KEY, trials=20, batch=2), expected)
+@pytest.mark.parametrize("segment", [1, 7, 1000])
+def test_segments_change_nothing(trial, segment, monkeypatch):
+    expected = run_study(trial, key=KEY, trials=30, batch=4)
+    monkeypatch.setattr(engine, "SEGMENT", segment)
+    assert same(run_study(trial, key=KEY, trials=30, batch=4), expected)
+
+
+@pytest.mark.parametrize(("batch", "fraction"), [(12, 8), (12, 3), (5, 2), (40, 1)])
+def test_groups_change_nothing(trial, batch, fraction, monkeypatch):
+    """As on a GPU, where lanes begin and are closed several at a time."""
+    expected = run_study(trial, key=KEY, trials=50, batch=batch)
+    monkeypatch.setattr(dispatch, "group_of", lambda width: max(1, width // fraction))
+    assert same(run_study(trial, key=KEY, trials=50, batch=batch), expected)
+
+
+def test_lanes_are_kept_busy(trial):
+    """Trials that take 1 to 362 attempts, 128 on average: a batch that waited for its slowest would use a third."""
+    dataset = run_study(trial, key=KEY, trials=400, batch=4)
+    useful = int(dataset["steps"].sum()) / dataset.attrs["lane_attempts"]
+    assert 0.6 < useful <= 1
+    assert f"; {useful:.0%} of the lanes' time" in summary(dataset)
 
 
 def test_first_half_is_the_smaller_study(trial):
@@ -69,21 +89,30 @@ def test_older_keys_are_the_same_keys(trial):
 def test_one_trace_for_a_study_and_none_for_new_numbers(fresh):
     trial, traces = fresh
     run_study(trial, key=KEY, trials=50, batch=4)
-    assert len(traces) == 1
+    assert len(traces) == len(traces.programs) == 1
     other = dataclasses.replace(trial, rtol=1e-5, scale=3.0, max_steps=5)
     assert run_study(other, key=jr.key(9), trials=9, batch=4)["margin"].max() > 1
-    assert len(traces) == 1
+    assert len(traces) == len(traces.programs) == 1
     # The count can fail.
     run_study(trial, key=KEY, trials=50, batch=5)
-    assert len(traces) == 2
+    assert len(traces.programs) == 2
 
 
-def test_progress_counts(trial):
+def test_progress_counts(trial, monkeypatch):
+    monkeypatch.setattr(dispatch, "_POLL", 0.001)
     calls = []
-    dataset = run_study(trial, key=KEY, trials=10, batch=4, progress=lambda *call: calls.append(call))
-    assert sorted(done for done, _ in calls)[-1] == 10 and len(calls) == 3
-    assert all(sum(counts.values()) == done for done, counts in calls)
-    assert calls[-1][1] == {v.name: int((dataset["verdict"] == v.value).sum()) for v in Verdict}
+    dataset = run_study(trial, key=KEY, trials=300, batch=4, progress=calls.append)
+    done = [now.done for now in calls]
+    assert done == sorted(done) and done[-1] == 300 and len(set(done)) > 3
+    assert all(sum(now.verdicts.values()) == now.done <= now.trials == 300 for now in calls)
+    assert calls[-1].verdicts == {v.name: int((dataset["verdict"] == v.value).sum()) for v in Verdict}
+    assert calls[-1].left == 0 and all(now.left > 0 for now in calls if now.done < 300)
+    # The interval is that of the trials in the order of their numbers, as far as they have all ended.
+    count = calls[-1].verdicts
+    expected = confidence_sequence(count["holds"], count["holds"] + count["fails"], unresolved=count["unresolved"])
+    assert calls[-1].interval == expected
+    early = next(now.interval for now in calls if now.interval is not None)
+    assert early.low <= expected.estimate <= early.high and early.high - early.low >= expected.high - expected.low
 
 
 @pytest.mark.parametrize(
@@ -93,6 +122,7 @@ def test_progress_counts(trial):
         (dict(trials=2.5), "trials must be a whole number"),
         (dict(batch=0), "batch must be at least 1"),
         (dict(batch="all"), "batch must be a whole number"),
+        (dict(executor=4), "executor must be a concurrent.futures.Executor"),
         (dict(key=0), "key must be a JAX random key"),
         (dict(key=jnp.zeros(3)), "key must be a JAX random key"),
         (dict(key=jr.split(jr.key(0), 4)), "takes one key"),
@@ -163,8 +193,8 @@ def test_a_sweep_is_kept_cell_by_cell_and_grows(fresh, tmp_path):
     first_two = run_sweep(cells[:2], key=KEY, trials=4, path=tmp_path, batch=2)
     assert load(tmp_path)["margin"].equals(first_two["margin"])
     done = []
-    whole = run_sweep(cells, key=KEY, trials=4, path=tmp_path, batch=2, progress=lambda n, _: done.append(n))
-    assert done == [8, 10, 12]  # what is there is not run again
+    whole = run_sweep(cells, key=KEY, trials=4, path=tmp_path, batch=2, progress=lambda now: done.append(now.done))
+    assert done[0] == 8 and done[-1] == 12  # what is there is not run again
     assert same(whole.isel(cell=[0, 1]), first_two) and same(whole, run_sweep(cells, key=KEY, trials=4, batch=2))
     assert len(list(tmp_path.glob("cell-*/study.nc"))) == 3
     more = run_sweep(cells, key=KEY, trials=7, path=tmp_path, batch=2)
@@ -200,17 +230,17 @@ def test_cells_keep_their_own_provenance(trial, tmp_path, monkeypatch):
 def test_an_interrupted_sweep_keeps_what_it_has(trial, tmp_path):
     cells = cells_around(trial)
 
-    def stop(done, counts):
-        if done >= 6:
+    def stop(now):
+        if now.done >= 6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(cells, key=KEY, trials=40, path=tmp_path, batch=2, progress=stop)
+        run_sweep(cells, key=KEY, trials=4000, path=tmp_path, batch=2, progress=stop)
     kept = sum(load(file)["verdict"].size for file in tmp_path.glob("cell-*/study.nc"))
     assert kept >= 6
     with pytest.raises(ValueError, match="unfinished sweep"):
         load(tmp_path)
-    assert same(run_sweep(cells, key=KEY, trials=40, path=tmp_path), run_sweep(cells, key=KEY, trials=40))
+    assert same(run_sweep(cells, key=KEY, trials=4000, path=tmp_path), run_sweep(cells, key=KEY, trials=4000))
 
 
 @pytest.mark.parametrize("cells", [[], [QUICK, QUICK]])

@@ -3,20 +3,22 @@
 # ruff: noqa: F811 (a test's argument is the fixture of that name)
 
 import dataclasses
+import errno
 import json
 import os
 
+import h5netcdf
 import jax
 import jax.random as jr
 import numpy as np
 import pytest
-from scipy.io import netcdf_file
 from stand_in import KEY, first, fresh, same, traces, trial  # noqa: F401 (fixtures)
 
-from gradflow import study
+from gradflow import archive, dispatch, engine, watch
 from gradflow.archive import VARIABLES, load
 from gradflow.outcome import STATUSES
 from gradflow.record import Record, Verdict
+from gradflow.store import Store
 from gradflow.study import run_study
 from gradflow.trial import Trial
 
@@ -31,24 +33,25 @@ def test_file_holds_everything(trial, tmp_path):
     assert {name: variable.dtype for name, variable in loaded.items()} == {
         name: np.dtype(kind) for name, (kind, *_) in VARIABLES.items()
     }
-    assert os.listdir(tmp_path / "deep" / "down") == ["study.nc"]
+    manifest, part, whole = sorted(os.listdir(tmp_path / "deep" / "down"))
+    assert (manifest, part[:16], whole) == ("manifest.json", "part-0000000000-", "study.nc")
 
 
 def test_file_is_plain_netcdf_with_units_and_flags(trial, tmp_path):
     dataset = run_study(trial, key=KEY, trials=5, path=tmp_path)
     assert set(dataset.data_vars) == set(Record._fields)
-    with netcdf_file(tmp_path / "study.nc", mmap=False) as file:
-        assert file.dimensions == {"trial": 5}
+    with h5netcdf.File(tmp_path / "study.nc") as file:
+        assert {name: dimension.size for name, dimension in file.dimensions.items()} == {"trial": 5}
         for name in Record._fields:
             variable = file.variables[name]
-            assert variable.units == b"1" and len(variable.long_name) > 5
+            assert variable.attrs["units"] == "1" and len(variable.attrs["long_name"]) > 5
             np.testing.assert_array_equal(variable[:], dataset[name].values)
         for name, names in (("verdict", [v.name for v in Verdict]), ("status", STATUSES), ("separated", ["no", "yes"])):
             variable = file.variables[name]
-            assert variable.flag_meanings.decode().split() == list(names)
-            assert list(variable.flag_values) == list(range(len(names)))
-            assert np.asarray(variable.flag_values).dtype.kind == variable[:].dtype.kind == "i"
-        assert Trial.from_json(file.trial.decode()) == trial
+            assert variable.attrs["flag_meanings"].split() == list(names)
+            assert list(variable.attrs["flag_values"]) == list(range(len(names)))
+            assert variable.attrs["flag_values"].dtype.kind == variable[:].dtype.kind == "i"
+        assert Trial.from_json(file.attrs["trial"]) == trial
 
 
 def test_provenance_is_complete(trial):
@@ -62,120 +65,198 @@ def test_provenance_is_complete(trial):
     assert attrs["created"].endswith("+00:00") and attrs["seconds"] > 0
 
 
-def test_smaller_study_is_extended_and_not_run_again(trial, tmp_path):
+@pytest.fixture
+def ran(monkeypatch):
+    """The numbers of the trials that were run and kept, in the order in which they ended."""
+    numbers, add = [], Store.add
+
+    def spied(self, some, columns):
+        numbers.extend(some.tolist())
+        add(self, some, columns)
+
+    monkeypatch.setattr(Store, "add", spied)
+    return numbers
+
+
+def test_smaller_study_is_extended_and_not_run_again(trial, tmp_path, ran):
     run_study(trial, key=KEY, trials=5, path=tmp_path, batch=2)
-    rewrite(tmp_path, lambda dataset: dataset["margin"].values.__setitem__(2, 123.0))
-    calls = []
-    whole = run_study(trial, key=KEY, trials=12, path=tmp_path, batch=2, progress=lambda done, _: calls.append(done))
-    assert calls[0] == 5 and calls[-1] == 12 and len(calls) == 1 + 4
-    assert whole["margin"].values[2] == 123
-    whole["margin"].values[2] = float(run_study(trial, key=KEY, trials=3)["margin"][2])
+    assert sorted(ran) == list(range(5))
+    whole = run_study(trial, key=KEY, trials=12, path=tmp_path, batch=2)
+    assert sorted(ran) == list(range(12))
     assert same(whole, run_study(trial, key=KEY, trials=12))
-    assert load(tmp_path).sizes["trial"] == 12
-    history = [line.split(" on ")[0] for line in whole.attrs["history"].split("\n")]
-    assert [line[line.index("trials") :] for line in history] == ["trials 0 to 4", "trials 5 to 11"]
+    assert load(tmp_path).identical(whole)
+    history = [line.split(" on ")[0].split(" ", 1)[1] for line in whole.attrs["history"].split("\n")]
+    assert history == ["5 trials", "7 trials"]
 
 
 def test_fewer_trials_are_read_and_nothing_is_written(fresh, tmp_path):
     trial, traces = fresh
     whole = run_study(trial, key=KEY, trials=9, path=tmp_path)
-    before = (tmp_path / "study.nc").read_bytes()
+    before = contents(tmp_path)
     for trials in (9, 4):
         assert same(run_study(trial, key=KEY, trials=trials, path=tmp_path), first(whole, trials))
-    assert len(traces) == 1 and (tmp_path / "study.nc").read_bytes() == before
+    assert len(traces) == 1 and contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("after", [1, 3])
-def test_interrupted_study_goes_on(trial, tmp_path, after):
-    calls = []
+@pytest.mark.parametrize("after", [1, 60])
+def test_interrupted_study_goes_on(trial, tmp_path, after, ran, monkeypatch):
+    monkeypatch.setattr(dispatch, "_POLL", 0.001)
+    done = []
 
-    def interrupt(done, counts):
-        calls.append(done)
-        if len(calls) == after:
+    def interrupt(now):
+        done.append(now.done)
+        if now.done >= after:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run_study(trial, key=KEY, trials=400, path=tmp_path, batch=2, progress=interrupt)
-    kept = load(tmp_path)
-    # At least what had been reported was kept, and what was kept is right.
-    assert calls[-1] <= kept.sizes["trial"]
-    whole = run_study(trial, key=KEY, trials=400)
-    assert same(kept, first(whole, kept.sizes["trial"]))
-    assert same(run_study(trial, key=KEY, trials=400, path=tmp_path, batch=2), whole)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(trial, key=KEY, trials=2000, path=tmp_path, batch=2, progress=interrupt)
+        after += done[-1]
+    kept = load(tmp_path)  # up to the first that is missing, and that is right
+    expected = run_study(trial, key=KEY, trials=2000)
+    assert kept.sizes["trial"] < 2000 and same(kept, first(expected, kept.sizes["trial"]))
+    ran.clear()
+    assert same(run_study(trial, key=KEY, trials=2000, path=tmp_path, batch=2), expected)
+    # Whatever had been reported was kept, also if it was beyond a missing one.
+    assert len(ran) == len(set(ran)) <= 2000 - done[-1]
 
 
-def test_a_failing_batch_loses_no_other(trial, tmp_path, monkeypatch):
-    records = study._records
+def test_a_failing_engine_loses_no_trial(trial, tmp_path, ran, monkeypatch):
+    close = engine._close
 
-    def failing(run, values, key, wanted, batch):
-        if wanted.start == 6:
-            raise RuntimeError("out of memory")
-        return records(run, values, key, wanted, batch)
+    def failing(lanes, rows):
+        if len(ran) > 6:
+            raise RuntimeError("the device is on fire")
+        return close(lanes, rows)
 
-    monkeypatch.setattr(study, "_records", failing)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run_study(trial, key=KEY, trials=20, path=tmp_path, batch=2)
-    # Later batches may be done too, but without the missing one they are no prefix.
-    assert load(tmp_path).sizes["trial"] == 6
+    monkeypatch.setattr(engine, "_close", failing)
+    with pytest.raises(RuntimeError, match="on fire"):
+        run_study(trial, key=KEY, trials=40, path=tmp_path, batch=2)
+    monkeypatch.setattr(engine, "_close", close)
+    assert same(run_study(trial, key=KEY, trials=40, path=tmp_path, batch=2), run_study(trial, key=KEY, trials=40))
+    assert len(ran) == 40 + 40
+
+
+def test_a_batch_that_does_not_fit_says_so(trial, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 TB")
+
+    monkeypatch.setattr(engine, "_follow", failing)
+    with pytest.raises(MemoryError, match="no room for 16 trials at once: choose a smaller batch"):
+        run_study(trial, key=KEY, trials=40, batch=16)
 
 
 def test_unfinished_study_is_saved_on_the_way(trial, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "_CHECKPOINT", 0.0)
-    sizes = []
+    monkeypatch.setattr(watch, "_CHECKPOINT", 0.0)
+    monkeypatch.setattr(dispatch, "_POLL", 0.001)
+    parts = []
+    look = lambda now: parts.append(len(list(tmp_path.glob("part-*.nc"))))  # noqa: E731
+    whole = run_study(trial, key=KEY, trials=300, path=tmp_path, batch=1, progress=look)
+    assert 0 in parts and len(set(parts)) > 3 and not (tmp_path / ".study.nc").exists()
+    assert same(whole, run_study(trial, key=KEY, trials=300)) and load(tmp_path).identical(whole)
 
-    def look(done, counts):
-        sizes.append(load(tmp_path).sizes["trial"] if (tmp_path / "study.nc").exists() else 0)
 
-    run_study(trial, key=KEY, trials=10, path=tmp_path, batch=1, progress=look)
-    assert sizes[0] == 0 and 0 < sizes[-1] < 10 and load(tmp_path).sizes["trial"] == 10
+def test_an_unfinished_study_that_was_killed_says_how_to_go_on(trial, tmp_path):
+    whole = run_study(trial, key=KEY, trials=9, path=tmp_path)
+    (tmp_path / "study.nc").unlink()  # as if it had been killed before it could write it
+    with pytest.raises(ValueError, match="unfinished study; run it again with the same trial and key"):
+        load(tmp_path)
+    assert run_study(trial, key=KEY, trials=9, path=tmp_path).identical(whole)
 
 
 def test_another_study_is_never_overwritten(trial, tmp_path):
     run_study(trial, key=KEY, trials=3, path=tmp_path)
-    before = (tmp_path / "study.nc").read_bytes()
+    before = contents(tmp_path)
     other = dataclasses.replace(trial, rtol=1e-5)
     with pytest.raises(ValueError, match="another trial") as caught:
         run_study(other, key=KEY, trials=30, path=tmp_path)
-    assert all(text in str(caught.value) for text in (trial.to_json(), other.to_json(), "study.nc"))
+    assert all(text in str(caught.value) for text in (trial.to_json(), other.to_json(), "manifest.json"))
     with pytest.raises(ValueError, match="another key") as caught:
         run_study(trial, key=jr.key(77), trials=30, path=tmp_path)
     assert "77]" in str(caught.value) and "5]" in str(caught.value)
-    assert (tmp_path / "study.nc").read_bytes() == before
-    rewrite(tmp_path, lambda dataset: dataset.attrs.update(dtype="float32"))
+    assert contents(tmp_path) == before
+    manifest = json.loads(before["manifest.json"]) | {"dtype": "float32"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="another dtype"):
         run_study(trial, key=KEY, trials=30, path=tmp_path)
 
 
-def test_a_larger_study_from_elsewhere_is_not_replaced(trial, tmp_path):
-    """Two processes on one study: whoever got further stays."""
+def test_two_processes_on_one_study_lose_nothing(trial, tmp_path):
+    """The other one ran the same trials, and more, while this one was at it."""
 
-    def meanwhile(done, counts):
-        if not (tmp_path / "a" / "study.nc").exists():
-            (tmp_path / "a").mkdir(exist_ok=True)
-            os.rename(tmp_path / "b" / "study.nc", tmp_path / "a" / "study.nc")
+    def meanwhile(now):
+        if now.done == 4 and (tmp_path / "b").exists():
+            for part in (tmp_path / "b").glob("part-*.nc"):
+                os.rename(part, tmp_path / "a" / part.name)
 
-    run_study(trial, key=KEY, trials=9, path=tmp_path / "b")
-    assert run_study(trial, key=KEY, trials=4, path=tmp_path / "a", progress=meanwhile).sizes["trial"] == 4
-    assert load(tmp_path / "a").sizes["trial"] == 9
+    whole = run_study(trial, key=KEY, trials=9, path=tmp_path / "b")
+    (tmp_path / "a").mkdir()
+    assert same(run_study(trial, key=KEY, trials=4, path=tmp_path / "a", progress=meanwhile), first(whole, 4))
+    assert same(run_study(trial, key=KEY, trials=9, path=tmp_path / "a"), whole)
 
 
-def test_torn_files_are_refused(trial, tmp_path):
+def test_damaged_parts_are_named_and_run_again(trial, tmp_path, ran):
     run_study(trial, key=KEY, trials=3, path=tmp_path)
+    whole = run_study(trial, key=KEY, trials=8, path=tmp_path)
+    (part,) = tmp_path.glob("part-0000000003-*.nc")
+    content = part.read_bytes()
+    flipped = [bytearray(content) for _ in range(3)]
+    for i, damaged in zip((100, len(content) // 2, len(content) - 1), flipped, strict=True):
+        damaged[i] ^= 1
+    for damaged in (b"", content[:1000], content[:-1], content + b"0", *flipped, b"something else"):
+        part.write_bytes(damaged)
+        ran.clear()
+        with pytest.warns(UserWarning, match=rf"{part.name} is damaged: renamed to .*\.torn"):
+            assert same(run_study(trial, key=KEY, trials=8, path=tmp_path), whole)
+        assert sorted(ran) == [3, 4, 5, 6, 7]
+        assert part.with_name(f"{part.name}.torn").read_bytes() == damaged
+        for extra in tmp_path.glob("part-0000000003-*.nc"):
+            extra.unlink()
+        part.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", [dict(rtol=1e-5), None], ids=["trial", "key"])
+def test_parts_of_another_study_are_refused(trial, tmp_path, change):
+    other = trial if change is None else dataclasses.replace(trial, **change)
+    run_study(trial, key=KEY, trials=3, path=tmp_path / "a")
+    run_study(other, key=jr.key(6) if change is None else KEY, trials=5, path=tmp_path / "b")
+    (part,) = (tmp_path / "b").glob("part-*.nc")
+    os.rename(part, tmp_path / "a" / part.name)
+    before = contents(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"{part.name} belongs to a study of another"):
+        run_study(trial, key=KEY, trials=3, path=tmp_path / "a")
+    assert contents(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"trial": "{}"}'])
+def test_a_damaged_manifest_is_refused(trial, tmp_path, content):
+    run_study(trial, key=KEY, trials=3, path=tmp_path)
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        run_study(trial, key=KEY, trials=3, path=tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"without the manifest\.json of its study"):
+        run_study(trial, key=KEY, trials=3, path=tmp_path)
+
+
+def test_a_torn_dataset_is_refused_and_made_anew_from_its_parts(trial, tmp_path, ran):
+    expected = run_study(trial, key=KEY, trials=3, path=tmp_path)
+    ran.clear()
     whole = (tmp_path / "study.nc").read_bytes()
-    contents = [whole[:cut] for cut in range(0, len(whole), 211)] + [whole[:-1], b"not netCDF at all\n" * 50]
-    for content in contents:
+    for content in [whole[:cut] for cut in range(0, len(whole), 9973)] + [whole[:-1], b"not netCDF at all\n" * 50]:
         (tmp_path / "study.nc").write_bytes(content)
         with pytest.raises(ValueError, match=r"study\.nc"):
             load(tmp_path)
-    with pytest.raises(ValueError, match=r"study\.nc"):
-        run_study(trial, key=KEY, trials=3, path=tmp_path)
-    assert (tmp_path / "study.nc").read_bytes() == contents[-1]
+    with pytest.warns(UserWarning, match=r"study\.nc is damaged: renamed"):
+        assert run_study(trial, key=KEY, trials=3, path=tmp_path).identical(expected)
+    assert (tmp_path / "study.nc.torn").read_bytes() == content and not ran
 
 
 @pytest.mark.parametrize("drop", ["verdict", "margin", "key"])
 def test_files_of_something_else_are_refused(trial, tmp_path, drop):
-    run_study(trial, key=KEY, trials=3, path=tmp_path)
-    rewrite(tmp_path, lambda dataset: dataset.attrs.pop("key") if drop == "key" else dataset.__delitem__(drop))
+    dataset = run_study(trial, key=KEY, trials=3, path=tmp_path)
+    _ = dataset.attrs.pop("key") if drop == "key" else dataset.__delitem__(drop)
+    (tmp_path / "study.nc").write_bytes(bytes(dataset.to_netcdf(engine="scipy")))
     with pytest.raises(ValueError, match=f"not a gradflow study.*{drop}"):
         run_study(trial, key=KEY, trials=3, path=tmp_path)
 
@@ -185,21 +266,24 @@ def test_leftovers_of_a_crash_are_not_data(trial, tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path)
     assert run_study(trial, key=KEY, trials=3, path=tmp_path).identical(load(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == [".study.nc.1234.partial", "study.nc"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_crash_while_saving_leaves_the_old_file(trial, tmp_path, monkeypatch, step):
+def test_a_full_disk_is_a_clear_error_and_the_study_goes_on(trial, tmp_path, monkeypatch, step):
     run_study(trial, key=KEY, trials=3, path=tmp_path)
-    before = (tmp_path / "study.nc").read_bytes()
+    before = contents(tmp_path)
 
-    def crash(*args):
-        raise OSError("no space left on device")
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, step, crash)
-    with pytest.raises(OSError, match="no space"):
-        run_study(trial, key=KEY, trials=6, path=tmp_path)
-    assert (tmp_path / "study.nc").read_bytes() == before and os.listdir(tmp_path) == ["study.nc"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full)
+        with pytest.raises(
+            OSError, match=r"No space left on device\. What was saved before is whole; run the same again"
+        ):
+            run_study(trial, key=KEY, trials=6, path=tmp_path)
+    assert contents(tmp_path) == before
+    assert same(run_study(trial, key=KEY, trials=6, path=tmp_path), run_study(trial, key=KEY, trials=6))
 
 
 def test_path_that_is_a_file_is_refused(trial, tmp_path):
@@ -209,9 +293,22 @@ def test_path_that_is_a_file_is_refused(trial, tmp_path):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def rewrite(path, edit):
-    """Tamper with a study on disk."""
-    dataset = load(path)
-    edit(dataset)
-    content = dataset.to_netcdf(engine="scipy", format="NETCDF3_64BIT")
-    (path / "study.nc").write_bytes(bytes(content))
+def test_a_dataset_is_written_some_rows_at_a_time(trial, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "_ROWS", 7)
+    monkeypatch.setattr(archive, "_IN_MEMORY", 10)
+    asked, rows = [], Store.rows
+
+    def spied(self, first, last):
+        asked.append(last - first)
+        return rows(self, first, last)
+
+    monkeypatch.setattr(Store, "rows", spied)
+    for trials in (9, 30):
+        found = run_study(trial, key=KEY, trials=trials, path=tmp_path)
+    assert max(asked) == 7
+    assert not isinstance(found["margin"].variable._data, np.ndarray)  # read when it is needed
+    assert same(found, run_study(trial, key=KEY, trials=30))
+
+
+def contents(path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}

@@ -74,12 +74,15 @@ def test_a_survivor_that_slides_on_its_last_point_sees_nothing_whatever_rounding
 def test_knots_are_placed_on_points_and_in_runs():
     # Runs −0.9…−0.5 (+1), −0.2…0.3 (−1), 0.6…0.9 (+1).
     data = gf.Dataset([-0.9, -0.5, -0.2, 0.0, 0.3, 0.6, 0.9], [1, 1, -1, -1, -1, 1, 1])
-    places = [-0.7, -0.35, -0.2, 0.1, 0.3, 0.75, 3.0]
-    net = network(places, [1.0] * 7, [1, -1, 1, 1, -1, 1, 1])
     zero = jnp.zeros(())
-    limit = Limit(net, jnp.zeros(7), zero, zero, jnp.asarray(1e-10), zero, LimitStatus.certified)
-    pinned, crowded = placed_knots(limit, data)
-    assert (int(pinned), int(crowded)) == (2, 3)
+    # Whether a knot that sits on the end of a run is a little inside or outside of it is a matter of rounding: two
+    # batch sizes once counted differently in a fifth of all trials.
+    for off in (0.0, 1e-12, -1e-12):
+        places = [-0.7, -0.35, -0.2 + off, 0.1, 0.3 - off, 0.75, 3.0]
+        net = network(places, [1.0] * 7, [1, -1, 1, 1, -1, 1, 1])
+        limit = Limit(net, jnp.zeros(7), zero, zero, jnp.asarray(1e-10), zero, LimitStatus.certified)
+        pinned, crowded = placed_knots(limit, data)
+        assert (int(pinned), int(crowded)) == (2, 3), off
 
 
 def test_region_and_width_bounds():

@@ -17,6 +17,7 @@ import gradflow.trial
 from gradflow.distribution import Distribution, Histogram, TruncatedNormal, Uniform
 from gradflow.flow import integrate
 from gradflow.limit import LIMIT_STATUSES, LimitStatus
+from gradflow.optimum import max_margin
 from gradflow.outcome import STATUSES, Flow, Status
 from gradflow.record import Record, Verdict, judge
 from gradflow.theory import region_bound
@@ -255,7 +256,9 @@ FEW, MANY = 13, 2
 def test_verdicts(monkeypatch, flow, bound, status, limit, separated, verdicts):
     monkeypatch.setattr(gradflow.record, "region_bound", lambda _: bound)
     teacher, data, net = QUICK.draw(KEY)
-    found = judge(2, QUICK.distribution, teacher, data, net, made_by_hand(flow, status, limit, separated))
+    found = judge(
+        2, QUICK.distribution, teacher, data, max_margin(data), net, made_by_hand(flow, status, limit, separated)
+    )
     assert (STATUSES[int(found.status)], LIMIT_STATUSES[int(found.limit_status)]) == (status, limit)
     codes = (found.accuracy_verdict, found.regions_verdict, found.verdict, found.optimum_verdict)
     assert [Verdict(int(v)).name for v in codes] == verdicts.split()
@@ -266,8 +269,9 @@ def test_verdicts(monkeypatch, flow, bound, status, limit, separated, verdicts):
 def test_a_limit_that_is_worse_than_the_best_fails_to_be_it(flow):
     teacher, data, net = QUICK.draw(KEY)
     worse = eqx.tree_at(lambda f: f.limit.value, flow, flow.limit.value * (1 + 1e-6))
-    assert judge(2, QUICK.distribution, teacher, data, net, worse).optimum_verdict == Verdict.fails
-    assert judge(2, QUICK.distribution, teacher, data, net, flow).optimum_verdict == Verdict.holds
+    best = max_margin(data)
+    assert judge(2, QUICK.distribution, teacher, data, best, net, worse).optimum_verdict == Verdict.fails
+    assert judge(2, QUICK.distribution, teacher, data, best, net, flow).optimum_verdict == Verdict.holds
 
 
 def made_by_hand(flow, status, limit, separated):

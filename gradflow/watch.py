@@ -1,0 +1,93 @@
+"""A study under way: what the engines hand in is kept and saved, and reported."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gradflow.archive import VARIABLES
+from gradflow.record import Record, Verdict
+from gradflow.statistics import Estimate, confidence_sequence
+from gradflow.store import Store
+
+_CHECKPOINT = 30.0  # seconds between saves of an unfinished study
+
+
+class Progress(NamedTuple):
+    """How far a study is.
+
+    - `done`, `trials`: how many have ended, of how many;
+    - `verdicts`: how many of those hold, fail and are unresolved;
+    - `interval`: of a study, not a sweep: the probability that a trial's verdict is that it holds, from the trials up
+      to the first that has not ended, with an interval that may be looked at at any time (`confidence_sequence`);
+    - `rate`: trials a second, since the first one ended; `left`: seconds to go at that rate (infinite at first);
+    """
+
+    done: int
+    trials: int
+    verdicts: dict[str, int]
+    interval: Estimate | None
+    rate: float
+    left: float
+
+
+class Watch:
+    """Of the studies in these stores, each of so many trials. `possible`: step attempts that the lanes of all engines
+    have made time for, which they say before each `look`.
+    """
+
+    def __init__(self, stores: Sequence[Store], trials: int, progress: Callable[[Progress], None] | None):
+        self.stores, self.trials, self.progress = stores, trials, progress
+        self.attempts = [0] * len(stores)  # of trials that have ended since the last save
+        self.possible = self.charged = 0
+        self.saved = time.monotonic()
+        self.before = self._done()
+        self.started: tuple[float, int] | None = None  # when the first trials had ended, and how many that were
+        self.fresh = any(store.have.any() for store in stores)
+
+    def add(self, cell: int, numbers: np.ndarray, record: Record) -> None:
+        columns = {name: np.asarray(getattr(record, name)).astype(kind) for name, (kind, *_) in VARIABLES.items()}
+        self.stores[cell].add(numbers, columns)
+        self.attempts[cell] += int(np.sum(columns["steps"] + columns["rejected"]))
+        self.fresh = True
+
+    def look(self) -> None:
+        if self.fresh:
+            self.fresh = False
+            self._report()
+        if time.monotonic() - self.saved > _CHECKPOINT:
+            self.save()
+
+    def save(self) -> None:
+        """Each store is charged its share of the time and of the lanes, by step attempts."""
+        now, whole, possible = time.monotonic(), max(sum(self.attempts), 1), self.possible
+        for i, store in enumerate(self.stores):
+            share = self.attempts[i] / whole
+            store.save((now - self.saved) * share, (possible - self.charged) * share)
+        self.attempts, self.charged, self.saved = [0] * len(self.stores), possible, now
+
+    def _done(self) -> int:
+        return sum(int(np.sum(store.have[: self.trials])) for store in self.stores)
+
+    def _report(self) -> None:
+        if self.progress is None:
+            return
+        done = self._done()
+        total, now = self.trials * len(self.stores), time.monotonic()
+        since, first = self.started or (now, done)
+        if done > self.before:
+            self.started = since, first
+        rate = (done - first) / (now - since) if done > first else 0.0
+        left = 0.0 if done == total else (total - done) / rate if rate else math.inf
+        verdicts, interval = {verdict.name: 0 for verdict in Verdict}, None
+        for store in self.stores:
+            for verdict in Verdict:
+                ahead = sum(code == verdict.value for code in store.ahead.values())
+                verdicts[verdict.name] += store.verdicts[verdict.value] + ahead
+        if len(self.stores) == 1 and (prefix := self.stores[0]).prefix:
+            count = prefix.verdicts
+            holds, fails = count[Verdict.holds.value], count[Verdict.fails.value]
+            interval = confidence_sequence(holds, holds + fails, unresolved=count[Verdict.unresolved.value])
+        self.progress(Progress(done, total, verdicts, interval, rate, left))
