@@ -48,9 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"gradflow: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("gradflow: interrupted; a study keeps its finished trials, and the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"gradflow: {stopped or 'interrupted'}", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        print(f"gradflow: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -270,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument("--trials", type=int, help=f"number of trials in each cell (default: {defaults})")
     quick = f"{QUICK_TRIALS} trials of one cell, to see it work"
     count.add_argument("--quick", action=_Preset, const=("none", QUICK_TRIALS), help=quick)
-    full = "the thorough sweep: every claim, over 10,000 trials, 50 minutes on two cores"
+    full = "the thorough sweep: every claim, over 10,000 trials, 30 minutes on two cores"
     count.add_argument("--full", action=_Preset, const=("thorough", None), help=full)
     several.add_argument(
         "--sweep", choices=SWEEPS, default="around", help="experiments around the one described" + default

@@ -172,12 +172,14 @@ def _run(
         if mine.size:
             families.setdefault((slots[i], _kind(trial)), []).append(Cell(i, trial, slots[i], key, mine))
     watch = Watch(stores, trials, progress)
-    watch.look()
     try:
+        watch.look()
         if families:
             run = locally if executor is None else functools.partial(by_executor, executor)
             run(list(families.values()), batch, watch)
             watch.look()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted: {watch.advice}") from None
     finally:
         watch.save()
         if jax.process_count() == 1:

@@ -60,6 +60,14 @@ class Watch:
         if time.monotonic() - self.saved > _CHECKPOINT:
             self.save()
 
+    @property
+    def advice(self) -> str:
+        """For somebody who stops here."""
+        done = f"{self._done()} of {self.trials * len(self.stores)} trials have ended"
+        if self.stores[0].folder is None:
+            return f"{done} and are lost, as there is no path to keep them in"
+        return f"{done} and are kept; run the same again, and it goes on"
+
     def save(self) -> None:
         """Each store is charged its share of the time and of the lanes, by step attempts."""
         now, whole, possible = time.monotonic(), max(sum(self.attempts), 1), self.possible

@@ -1,7 +1,4 @@
-"""A study in other processes: by executors, on two devices, joined by `jax.distributed`, killed; on the stand-in.
-
-What runs real trials in workers is in `test_slow.py`.
-"""
+"""A study in other processes: by executors, on two devices, joined by `jax.distributed`, killed; on the stand-in."""
 
 # ruff: noqa: F811 (a test's argument is the fixture of that name)
 
@@ -17,11 +14,12 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import stand_in
-from stand_in import FAKE, KEY, same, traces, trial  # noqa: F401 (fixtures)
+from stand_in import KEY, QUICK, same, traces, trial  # noqa: F401 (fixtures)
 
-from gradflow.archive import load
+from gradflow.archive import VARIABLES, load
 from gradflow.store import Store
 from gradflow.study import run_study, run_sweep
 
@@ -96,6 +94,36 @@ def test_a_dask_cluster_loses_a_worker_and_no_trial(trial, tmp_path, monkeypatch
         client.register_plugin(StandIn())
         found = run_study(trial, key=KEY, trials=trials, executor=client.get_executor(), path=tmp_path, progress=kill)
     assert killed and same(found, run_study(trial, key=KEY, trials=trials))
+
+
+@pytest.mark.slow
+def test_real_trials_do_not_depend_on_who_runs_them(tmp_path):
+    """Bit by bit where the batch is the same, and to rounding and its consequences where it is not."""
+    trials = 40
+    expected = run_study(QUICK, key=KEY, trials=trials, batch=8)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
+        assert same(run_study(QUICK, key=KEY, trials=trials, batch=8, executor=executor), expected)
+
+    def stop(now):
+        if now.done > stop.after:
+            stop.after += 10
+            raise KeyboardInterrupt
+
+    stop.after = 0
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(QUICK, key=KEY, trials=trials, batch=8, path=tmp_path, progress=stop)
+    assert same(run_study(QUICK, key=KEY, trials=trials, batch=8, path=tmp_path), expected)
+    for batch in (3, 16):
+        found = run_study(QUICK, key=KEY, trials=trials, batch=batch)
+        for name, (kind, *_) in VARIABLES.items():
+            a, b = found[name].values, expected[name].values
+            if kind is np.float64:
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9, err_msg=name)
+            elif name in ("steps", "rejected", "events"):
+                assert np.mean(a != b) <= 0.1, name
+            else:
+                np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 # Devices and processes

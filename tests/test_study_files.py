@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
 
 import h5netcdf
 import jax
@@ -108,8 +109,12 @@ def test_interrupted_study_goes_on(trial, tmp_path, after, ran, monkeypatch):
         if now.done >= after:
             raise KeyboardInterrupt
 
+    with pytest.raises(KeyboardInterrupt, match="of 2000 trials have ended and are lost, as there is no path"):
+        run_study(trial, key=KEY, trials=2000, batch=2, progress=interrupt)
+    done.clear()
+    ran.clear()
     for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="of 2000 trials have ended and are kept; run the same again"):
             run_study(trial, key=KEY, trials=2000, path=tmp_path, batch=2, progress=interrupt)
         after += done[-1]
     kept = load(tmp_path)  # up to the first that is missing, and that is right
@@ -284,6 +289,24 @@ def test_a_full_disk_is_a_clear_error_and_the_study_goes_on(trial, tmp_path, mon
             run_study(trial, key=KEY, trials=6, path=tmp_path)
     assert contents(tmp_path) == before
     assert same(run_study(trial, key=KEY, trials=6, path=tmp_path), run_study(trial, key=KEY, trials=6))
+
+
+def test_a_disk_that_is_really_full(trial, tmp_path, monkeypatch):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    monkeypatch.setattr(watch, "_CHECKPOINT", 0.1)
+    try:
+        with pytest.raises(
+            OSError, match=r"No space left on device\. What was saved before is whole; run the same again"
+        ):
+            run_study(trial, key=KEY, trials=6000, path=tmp_path)
+        kept = Store(trial, KEY, tmp_path, 6000)  # every part is whole
+        assert kept.parts and kept.have.sum() < 6000
+        subprocess.run(["mount", "-o", "remount,size=30m", str(tmp_path)], check=True)
+        assert same(run_study(trial, key=KEY, trials=6000, path=tmp_path), run_study(trial, key=KEY, trials=6000))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_path_that_is_a_file_is_refused(trial, tmp_path):

@@ -1,0 +1,57 @@
+"""Trials a second against the batch, and the share of the lanes' time that goes into trials.
+
+The reference trial: 50 points with 4 label switches, 32 neurons, to the certified limit, judged.
+
+    python benchmarks/batches.py                    # 400 trials or 12 batches at each size, 10 minutes
+    python benchmarks/batches.py --quick            # 64 trials or 2 batches at 4 and 8
+    python benchmarks/batches.py --trials 10000 --batch 8
+"""
+
+import argparse
+import platform
+import time
+
+import jax
+import numpy as np
+
+import gradflow as gf
+
+
+def measure(batch: int, trials: int, key) -> str:
+    """One study, its programs compiled beforehand."""
+    trial = gf.Trial()
+    gf.run_study(trial, key=key, trials=1, batch=batch)
+    begun = time.monotonic()
+    study = gf.run_study(trial, key=key, trials=trials, batch=batch)
+    seconds = time.monotonic() - begun
+    attempts = study["steps"].values + study["rejected"].values
+    useful = attempts.sum() / study.attrs["lane_attempts"]
+    waiting = trials * np.max(attempts)  # attempts of a batch of all that waits for its slowest
+    open_ = int(np.sum(~np.isin(study["status"].values, [gf.STATUSES.index(s) for s in ("certified", "stalled")])))
+    return (
+        f"{batch:>6}{trials:>8}{seconds:>9.1f}{trials / seconds:>11.1f}{1e6 * seconds / attempts.sum():>12.1f}"
+        f"{useful:>9.1%}{attempts.sum() / waiting:>9.1%}{int(np.median(attempts)):>9}{int(np.max(attempts)):>7}{open_:>6}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--batch", type=int, nargs="+")
+    args = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    device = jax.devices()[0]
+    batches = args.batch or ([4, 8] if args.quick else [1, 2, 4, 8, 16, 32])
+    print(f"{device.device_kind or platform.processor()}, {jax.local_device_count()} device(s), JAX {jax.__version__}")
+    print(
+        f"{'batch':>6}{'trials':>8}{'seconds':>9}{'trials/s':>11}{'us/attempt':>12}{'useful':>9}{'(naive)':>9}", end=""
+    )
+    print(f"{'median':>9}{'most':>7}{'open':>6}")
+    for batch in batches:
+        trials = args.trials or (max(64, 2 * batch) if args.quick else max(400, 12 * batch))
+        print(measure(batch, trials, jax.random.key(0)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
