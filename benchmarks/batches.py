@@ -30,7 +30,8 @@ def measure(batch: int, trials: int, key) -> str:
     open_ = int(np.sum(~np.isin(study["status"].values, [gf.STATUSES.index(s) for s in ("certified", "stalled")])))
     return (
         f"{batch:>6}{trials:>8}{seconds:>9.1f}{trials / seconds:>11.1f}{1e6 * seconds / attempts.sum():>12.1f}"
-        f"{useful:>9.1%}{attempts.sum() / waiting:>9.1%}{int(np.median(attempts)):>9}{int(np.max(attempts)):>7}{open_:>6}"
+        f"{useful:>9.1%}{attempts.sum() / waiting:>9.1%}"
+        f"{int(np.median(attempts)):>9}{int(np.max(attempts)):>7}{open_:>6}"
     )
 
 

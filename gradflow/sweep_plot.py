@@ -44,7 +44,7 @@ def phase_diagram(ax: Axes, sweep: xr.Dataset, confidence: float = CONFIDENCE, d
     ax.set_xticks(range(len(ns)), [str(n) for n in ns])
     ax.set_yticks(range(len(ks)), [f"{k / first.neurons:g}" for k in ks])
     ax.set_xlabel("samples n")
-    ax.set_ylabel(f"width over teacher neurons, k/r (r = {first.neurons})")
+    ax.set_ylabel(f"width k/r, r = {first.neurons} teacher neurons")
     return [image, *texts]
 
 
