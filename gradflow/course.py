@@ -18,7 +18,7 @@ from gradflow.limit import Candidate, Limit, candidate, judged
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
 from gradflow.outcome import Entry, Flow, Path, Status, Until
-from gradflow.rosenbrock import Rodas4
+from gradflow.rosenbrock import Rodas5P
 from gradflow.slow import no_split
 
 _RANK = 160  # positions kept in the Jacobian of the stiff solver: all of them up to 79 neurons, or 160 points
@@ -27,7 +27,7 @@ _ROUNDS = 6  # of ten times the ρ², until a limit is certified
 
 def default_solvers() -> tuple[diffrax.AbstractSolver, ...]:
     """An explicit one, where nothing is stiff and the Jacobian large, and one for all the rest."""
-    return diffrax.Tsit5(scan_kind="lax"), Rodas4()
+    return diffrax.Tsit5(scan_kind="lax"), Rodas5P()
 
 
 class Pursuit(eqx.Module):

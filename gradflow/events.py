@@ -26,9 +26,7 @@ from gradflow.crossing import cross
 from gradflow.network import ReluNetwork
 from gradflow.sites import Sites
 
-NODES = np.linspace(
-    0, 1, 5
-)  # where a step is sampled: enough for the quartics that Tsit5 and the cubics that Rodas4 give
+NODES = np.linspace(0, 1, 5)  # where a step is sampled: enough for the quartics that Tsit5 and Rodas5P give
 _TO_QUARTIC = np.linalg.inv(np.vander(NODES, 5))
 _SCAN = np.vander(np.linspace(0, 1, 17), 5)
 
@@ -111,15 +109,18 @@ class Outlook(eqx.Module):
 
     - `share`: the part of the step that can be taken: up to the earliest event that matters or, if that is more, the
       part in which crossings can be made good; +∞ for all of it;
-    - `passed`: free neurons that left their cell in a way that does not matter;
-    - `released`: sliding neurons whose sliding condition is violated at the end;
+    - `lands`: whether `share` is the place of an event, before which nothing is released or needs a kick: there, a
+      step can be cut;
+    - `passed`: free neurons that left their cell until then in a way that does not matter;
+    - `arrives`: free neurons that are on a ray at `share`;
     - `kick`: (2, k) what crossings add to u;
     - `growth`: the next step should be no longer than this times the step.
     """
 
     share: Float[Array, ""]
+    lands: Bool[Array, ""]
     passed: Bool[Array, " k"]
-    released: Bool[Array, " k"]
+    arrives: Bool[Array, " k"]
     kick: Float[Array, "2 k"]
     growth: Float[Array, ""]
 
@@ -156,7 +157,6 @@ def look_ahead(
     each = jax.vmap(side_velocities, (None, 0, 0, 0))(field, nets, weights, jnp.stack([own, own, nearer]))
     before, after, sides = (jax.tree.map(lambda a, i=i: a[i], each) for i in range(3))
     before, after = before.excess(slack), after.excess(slack)
-    released = mode.sliding & (after < 0)
     loose = mode.sliding & (after < -tolerance.release)
     aim = jnp.clip((before + 0.5 * tolerance.release) / jnp.where(before > after, before - after, 1), 0.05, 0.95)
 
@@ -189,15 +189,31 @@ def look_ahead(
     stop = jnp.where(hit & matters[None], jnp.where(mode.sliding[None], root, jnp.maximum(root, enough[None])), jnp.inf)
     share = jnp.maximum(jnp.min(stop), 0.01)
     share = jnp.minimum(share, jnp.min(jnp.where(loose & matters, aim, jnp.inf)))
+    arrives = ~mode.sliding & matters & jnp.any(hit & (root <= share), axis=0)
+    there = jnp.einsum("i,irk->rk", lagrange(jnp.minimum(share, 1)), value)
+    passed = jnp.where(share <= 1, ~mode.sliding & ~arrives & jnp.any(there < -touch, axis=0), passed)
+    # Where a release ought to be is only guessed: a shorter step has to show whether it was right.
+    guessed = jnp.any((loose & matters) | (many & (enough >= share)))
+    lands = (share > 0.01) & ~guessed & ~jnp.any(passed & passes)
     kick = jnp.where((passed & passes)[None], crossing.kick, 0)
-    return Outlook(share, passed, released, kick, growth)
+    return Outlook(share, lands, passed, arrives, kick, growth)
+
+
+def lagrange(s: Float[Array, ""]) -> Float[Array, " 5"]:
+    """Weights with which the values at `NODES` make up that of their quartic at s."""
+    return jnp.vander(s[None], 5)[0] @ jnp.asarray(_TO_QUARTIC, s.dtype)
 
 
 def _root(quartic, index, cells: int):
-    """The root in scan cell `index` of quartics (5, ...) that change sign there, by eight bisections and a secant."""
+    """The root in scan cell `index` of quartics (5, ...) that change sign there, by eight bisections, a secant and a
+    step of Newton's method: a neuron whose root is off is moved that far to be put on its ray.
+    """
 
     def value(s):
         return (((quartic[0] * s + quartic[1]) * s + quartic[2]) * s + quartic[3]) * s + quartic[4]
+
+    def slope(s):
+        return ((4 * quartic[0] * s + 3 * quartic[1]) * s + 2 * quartic[2]) * s + quartic[3]
 
     high = index.astype(quartic.dtype) / cells
     low = high - 1 / cells
@@ -210,7 +226,9 @@ def _root(quartic, index, cells: int):
 
     low, high = jax.lax.fori_loop(0, 8, halve, (low, high))
     a, b = value(low), value(high)
-    return jnp.where(a > b, low + (high - low) * jnp.clip(a / jnp.where(a > b, a - b, 1), 0, 1), high)
+    root = jnp.where(a > b, low + (high - low) * jnp.clip(a / jnp.where(a > b, a - b, 1), 0, 1), high)
+    falls = slope(root)
+    return jnp.clip(root - value(root) / jnp.where(falls < 0, falls, -jnp.inf), low, high)
 
 
 def _passed_weight(weight, old, new, n: int):
@@ -223,9 +241,11 @@ def _passed_weight(weight, old, new, n: int):
 
 
 def update(
-    field: Field, net: ReluNetwork, weights: Weights, passed, released, noise: Float[Array, ""], tolerance: Tolerance
+    field: Field, net: ReluNetwork, weights: Weights, passed, arrives, noise: Float[Array, ""], tolerance: Tolerance
 ) -> tuple[ReluNetwork, Mode, Int[Array, ""]]:
     """The mode after an accepted step, by the velocities on both sides; neurons on a ray are put exactly there.
+
+    `passed` and `arrives` as in `Outlook`.
 
     Returns the network, the mode and the number of events.
     """
@@ -248,17 +268,17 @@ def update(
     opposite = (mode.ray + n) % (2 * n)
     ray = jnp.where(through, opposite, ray)
 
-    sides = side_velocities(field, net, weights, ray)
+    sides, doubt = side_velocities(field, net, weights, ray), noise * jnp.abs(net.v)
+    released = mode.sliding & ~through & (sides.excess(2 * doubt) < 0)
     inside = jnp.where(mode.cell == active_cell(ray, n), sides.active, -sides.inactive)
     touching = ~mode.sliding & (jnp.abs(near) <= tolerance.landing(net, points)) & (inside < 0)
     # One that was let pass although it would stick comes back, again and again, unless it is held here.
     most = jnp.minimum(tolerance.size(net), tolerance.reach(net, points))
     held = (sides.inactive > 0) & (sides.active < 0) & (jnp.abs(near) <= most)
-    touching |= passed & held
+    touching |= (passed & held) | (arrives & (inside < 0) & (jnp.abs(near) <= most))
 
     decided = touching | released | through
-    slack = noise * jnp.abs(net.v)
-    slides = decided & ~released & (sides.inactive > -slack) & (sides.active < slack)
+    slides = decided & ~released & (sides.inactive > -doubt) & (sides.active < doubt)
     # Off the ray: across it for an arrival, else to the side whose own velocity leads away from it (at the origin,
     # where none may, to the inactive one: max(0, ·)' = 0 at 0).
     to_inactive = jnp.where(through, ~(sides.active > 0), sides.inactive < 0)

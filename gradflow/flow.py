@@ -60,7 +60,7 @@ def integrate(
     - `loss`: default `Exponential()`.
     - `until`: when to stop; default `Until()`, until the limit of the direction is certified.
     - `rtol`, `atol`: error allowed in each parameter in one step, relative and absolute (units of θ). Traced.
-    - `solver`: any Diffrax solver with an error estimate, for all steps. Default: Rodas4, and Tsit5 where too many
+    - `solver`: any Diffrax solver with an error estimate, for all steps. Default: Rodas5P, and Tsit5 where too many
         points matter at once for its linear algebra.
     - `save`: the most snapshots to keep along the way (even, ≥ 2), in `flow.path`; default none.
     - `max_steps`: the most step attempts. Traced.

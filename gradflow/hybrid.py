@@ -1,11 +1,10 @@
 """The loop behind `integrate`: one step attempt after another, whatever the mode, the stiffness or the time scale.
 
-An attempt is one step of a Diffrax solver in the present mode. It is rejected for its error, rejected to end on an
-event instead, or accepted; then the mode is decided anew, invariants are restored, the time scale is chosen (`slow.py`)
-and the status is judged. All lanes of a batch do the same work in an attempt.
+An attempt is one step of a Diffrax solver in the present mode. It is rejected for its error, or accepted up to the
+first event that matters: that point is taken from the solver's dense output where this is as good as the step's own
+error estimate, a quartic of order 4, and else by a shorter step. Then the mode is decided anew, invariants are
+restored, the time scale is chosen (`slow.py`) and the status is judged. All lanes of a batch do the same work.
 """
-
-import functools
 
 import diffrax
 import equinox as eqx
@@ -14,17 +13,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.clarke import Field, Mode, Points, Weights
-from gradflow.events import NODES, Tolerance, look_ahead, update
+from gradflow.events import NODES, Tolerance, lagrange, look_ahead, update
 from gradflow.lift import from_lines
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
 from gradflow.outcome import Entry, Path, Status, Until
+from gradflow.rosenbrock import Rodas5P
 from gradflow.slow import Slow, forever
 
 _MARGIN = 1e-3  # error allowed in one step in a margin whose sample matters
 FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
 _SMALL = 66  # positions in the Jacobian up to which the stiff solver takes all steps: no dearer there in a batch
 _NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
+_QUARTIC = (diffrax.Tsit5, diffrax.Dopri5, Rodas5P)  # their dense output is a quartic, of order 4
+_AGAIN = 0.4  # of the step, at most, after two in a row that were too long: near kinks errors fall slowly at first
 _STANDSTILL = 1e-10  # ‖dθ/dτ‖ over max_i‖∂q_i‖, which bounds it, below which a flow that has not separated has stalled
 
 
@@ -83,26 +85,35 @@ class Problem(eqx.Module):
         return Tolerance(self.rtol, self.atol, _MARGIN * jnp.minimum(1, 200 * pace))
 
     def attempt(self, state: State) -> State:
-        """One step attempt: rejected for its error, rejected to land on an event instead, or accepted."""
+        """One step attempt: rejected for its error, rejected to try for an event again, or accepted up to one."""
         field, dtype = self.field(state), state.time.dtype
         tolerance = self.tolerance(state.pace)
         start = field.weights(state.net.lines)
         remaining = (self.until.time.astype(dtype) - state.time) * jnp.exp(-start.log_factor)
         step = jnp.minimum(jnp.minimum(state.step, state.cap), remaining)
-        new, clock, error, clock_error, nodes = self.advance(field, state, start, step)
+        y, error, clock_error = self.advance(field, state, start, step)
+        nodes = jax.vmap(lambda net, lines: from_lines(net, lines, self.balance))(*y[:2])
+        new, clock = jax.tree.map(lambda a: a[-1], (nodes, y[2]))
         end = field.weights(new.lines)
         ratio, noise = self.error_ratio(field, state, new, clock, error, clock_error, end, tolerance)
         sound = ratio <= 1
         outlook = look_ahead(field, nodes, start, end, step, noise, tolerance)
         early = sound & (outlook.share <= 1)
-        accept = sound & ~early
+        lands = early & outlook.lands & self.quartic
+        accept = sound & (~early | lands)
+
+        taken = jnp.where(lands, outlook.share, 1)
+        net, lines, tick = jax.tree.map(lambda a: jnp.tensordot(lagrange(taken), a, 1), y)
+        landed = from_lines(net, lines, self.balance)
+        new, clock = jax.tree.map(lambda a, b: jnp.where(lands, a, b), (landed, tick), (new, clock))
+        end = field.weights(new.lines)
         kicked = ReluNetwork(new.w + outlook.kick[0], new.b + outlook.kick[1], new.v)
-        net, mode, events = update(field, kicked, end, outlook.passed, outlook.released, noise, tolerance)
+        net, mode, events = update(field, kicked, end, outlook.passed, outlook.arrives, noise, tolerance)
         net = from_lines(net, net.lines, self.balance)
 
-        # The error of both methods behaves like h⁴ or better. A step that was just found too long does not grow again.
-        most = jnp.where(state.shrunk, 1.0, 5.0)
-        factor = jnp.clip(0.9 * jnp.maximum(ratio, 1e-10) ** -0.25, 0.2, most)
+        # The error of both methods behaves like h⁵. A step that was just found too long does not grow again.
+        most = jnp.where(state.shrunk, jnp.where(sound, 1.0, _AGAIN), 5.0)
+        factor = jnp.clip(0.9 * jnp.maximum(ratio, 1e-10) ** -0.2, 0.2, most)
         proposal = jnp.where(
             sound, jnp.maximum(step * factor, jnp.where(step < state.step, state.step, 0)), step * factor
         )
@@ -118,9 +129,9 @@ class Problem(eqx.Module):
             keep(clock, state.clock),
             keep(mode, state.mode),
             state.slow,
-            jnp.where(accept, state.time + self.passed(state, clock, step, end), state.time),
+            jnp.where(accept, state.time + self.passed(state, clock, step * taken, end), state.time),
             proposal,
-            jnp.where(early, step * outlook.share, jnp.inf),
+            jnp.where(early & ~lands, step * outlook.share, jnp.inf),
             ~sound,
             jnp.where(accept, noise, state.noise),
             state.pace,
@@ -137,7 +148,7 @@ class Problem(eqx.Module):
         return self.judge(state)
 
     def advance(self, field: Field, state: State, weights: Weights, step):
-        """One step of the fitting solver, its error, and the network at the five nodes of the step."""
+        """One step of the fitting solver: its unknowns at the five `NODES` of the step, and their error."""
         y, zero = (state.net, state.net.lines, state.clock), jnp.zeros_like(step)
         terms = diffrax.ODETerm(field)
 
@@ -145,18 +156,14 @@ class Problem(eqx.Module):
             def branch():
                 # The flow is autonomous: steps start at 0, so that one below the rounding of τ still moves θ.
                 memory = solver.init(terms, zero, step, y, None)
-                (net, lines, clock), error, dense, _, _ = solver.step(
-                    terms, zero, step, y, None, memory, made_jump=True
-                )
+                new, error, dense, _, _ = solver.step(terms, zero, step, y, None, memory, made_jump=True)
                 if error is None:
                     raise ValueError(f"{type(solver).__name__} gives no error estimate; wrap it in diffrax.HalfSolver")
                 dense = solver.interpolation_cls(t0=zero, t1=step, **dense)
-                settle = functools.partial(from_lines, balance=self.balance)
-                new, change = jax.jvp(settle, (net, lines), error[:2])
-                between = step * jnp.asarray(NODES[1:-1], step.dtype)
-                inner = jax.vmap(lambda time: settle(*dense.evaluate(time)[:2]))(between)
-                nodes = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), state.net, inner, new)
-                return new, clock, change, error[2], nodes
+                inner = jax.vmap(dense.evaluate)(step * jnp.asarray(NODES[1:-1], step.dtype))
+                nodes = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), y, inner, new)
+                change = jax.jvp(lambda net, lines: from_lines(net, lines, self.balance), new[:2], error[:2])[1]
+                return nodes, change, error[2]
 
             return branch
 
@@ -168,26 +175,27 @@ class Problem(eqx.Module):
         stiffness, neglected = field.stiffness(state.net, weights)
         return jax.lax.cond((step * stiffness > 1) & (step * neglected <= _NEGLIGIBLE), run(stiff), run(explicit))
 
+    @property
+    def quartic(self) -> bool:
+        """Whether a step can be cut short on its dense output."""
+        return all(isinstance(solver, _QUARTIC) for solver in self.solvers)
+
     def error_ratio(self, field: Field, state: State, new, clock, error, clock_error, end: Weights, tolerance):
         """Largest error over what is allowed, infinite for NaN.
 
-        Parameters are held to atol + rtol · size in the maximum norm, which does not dilute when dead or zero-padded
-        neurons are added. Margins are held to 1e-3 absolutely where their sample matters: an error δq turns into a
-        relative error δq of p, and δq ≈ ρ² · rtol would make p noise at late times.
+        Parameters are held to atol + rtol · size of their neuron, in the maximum norm, which does not dilute when dead
+        or zero-padded neurons are added. Margins are held to 1e-3 absolutely where their sample matters: an error δq
+        turns into a relative error δq of p, and δq ≈ ρ² · rtol would make p noise at late times.
         """
-        sizes = jax.tree.map(
-            lambda e, a, b: jnp.max(
-                jnp.abs(e) / (tolerance.atol + tolerance.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)))
-            ),
-            # In a slow phase time spans hundreds of decades: a hundredth of the accuracy will do.
-            (error, jnp.where(state.slow.holds, 0.01, 1) * clock_error),
-            (state.net, state.clock),
-            (new, clock),
-        )
+        allowed = jnp.maximum(tolerance.size(state.net), tolerance.size(new))
+        sizes = [jnp.max(jnp.abs(leaf) / allowed) for leaf in jax.tree.leaves(error)]
+        # In a slow phase time spans hundreds of decades: a hundredth of the accuracy will do.
+        clock_error = jnp.where(state.slow.holds, 0.01, 1) * jnp.abs(clock_error)
+        sizes.append(clock_error / (tolerance.atol + tolerance.rtol * jnp.maximum(state.clock, clock)))
         share = jnp.minimum(1, end.p * jnp.sum(jnp.exp(self.points.log_count)))
         change = jnp.abs(field.respond(new, error))
         margins = jnp.max(change * share) / (_MARGIN * jnp.minimum(1, 300 * state.pace))
-        ratio = jnp.max(jnp.stack([*jax.tree.leaves(sizes), margins]))
+        ratio = jnp.max(jnp.stack([*sizes, margins]))
         noise = jnp.maximum(jnp.sum(end.c * change * jnp.sqrt(self.points.squared_norm)), 0.5 * state.noise)
         return jnp.where(jnp.isnan(ratio), jnp.inf, ratio), noise
 

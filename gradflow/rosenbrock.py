@@ -1,12 +1,13 @@
-"""Rodas4, a stiffly accurate Rosenbrock method of order 4, as a Diffrax solver.
+"""Rodas5P, a stiffly accurate Rosenbrock method of order 5, as a Diffrax solver.
 
 A Rosenbrock method needs one factorisation and no Newton iteration a step. Written for K_i, with σ = 1/(hγ) and J the
 Jacobian at the start of the step (Hairer and Wanner 1996, IV.7, eq. 7.25, autonomous form):
 
     (σ I − J) K_i = f(y_0 + Σ_{j<i} a_ij K_j) + (1/h) Σ_{j<i} c_ij K_j
 
-Stage 6 starts from y_0 + Σ a_5j K_j + K_5, the result is y_1 = (that point) + K_6, and K_6 is the error estimate
-(order 3 embedded). Coefficients of RODAS: Hairer and Wanner 1996, and their Fortran code of that name (method 1).
+Stage 8 starts from the result of an embedded method of order 4, y_1 is that point + K_8, and K_8 is the error estimate.
+The dense output is of order 4. Coefficients: Steinebach 2023 (BIT 63:27), who chose them such that the order does not
+drop under stiff forces that change (Prothero and Robinson 1974), as it does with RODAS.
 """
 
 from typing import ClassVar
@@ -18,45 +19,83 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-_GAMMA = 0.25
-# Row i: how the point at which stage i + 1 is taken, and its right side (over h), depend on K_1 … K_5.
-_A = np.array(
-    [
-        (0, 0, 0, 0, 0),
-        (1.544000000000000, 0, 0, 0, 0),
-        (0.9466785280815826, 0.2557011698983284, 0, 0, 0),
-        (3.314825187068521, 2.896124015972201, 0.9986419139977817, 0, 0),
-        (1.221224509226641, 6.019134481288629, 12.53708332932087, -0.6878860361058950, 0),
-        (1.221224509226641, 6.019134481288629, 12.53708332932087, -0.6878860361058950, 1),
-    ]
+_GAMMA = 0.21193756319429014
+# Row i: how the point at which stage i + 1 is taken, and its right side (over h), depend on K_1 … K_7.
+_A = np.zeros((8, 7))
+_A[1, :1] = 3.0
+_A[2, :2] = 2.849394379747939, 0.45842242204463923
+_A[3, :3] = -6.954028509809101, 2.489845061869568, -10.358996098473584
+_A[4, :4] = 2.8029986275628964, 0.5072464736228206, -0.3988312541770524, -0.04721187230404641
+_A[5:, :5] = -7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256, 0.030198172008377946
+_A[6:, 5] = 1.0
+_A[7, 6] = 1.0
+_C = np.zeros((8, 7))
+_C[1, :1] = -14.155112264123755
+_C[2, :2] = -17.97296035885952, -2.859693295451294
+_C[3, :3] = 147.12150275711716, -1.41221402718213, 71.68940251302358
+_C[4, :4] = 165.43517024871676, -0.4592823456491126, 42.90938336958603, -5.961986721573306
+_C[5, :5] = 24.854864614690072, -3.0009227002832186, 47.4931110020768, 5.5814197821558125, -0.6610691825249471
+_C[6, :6] = (
+    30.91273214028599,
+    -3.1208243349937974,
+    77.79954646070892,
+    34.28646028294783,
+    -19.097331116725623,
+    -28.087943162872662,
 )
-_C = np.array(
-    [
-        (0, 0, 0, 0, 0),
-        (-5.668800000000000, 0, 0, 0, 0),
-        (-2.430093356833875, -0.2063599157091915, 0, 0, 0),
-        (-0.1073529058151375, -9.594562251023355, -20.47028614809616, 0, 0),
-        (7.496443313967647, -10.24680431464352, -33.99990352819905, 11.70890893206160, 0),
-        (8.083246795921522, -7.981132988064893, -31.52159432874371, 16.31930543123136, -6.058818238834054),
-    ]
+_C[7] = (
+    37.80277123390563,
+    -3.2571969029072276,
+    112.26918849496327,
+    66.9347231244047,
+    -40.06618937091002,
+    -54.66780262877968,
+    -9.48861652309627,
 )
 _D = np.array(
     [
-        (10.12623508344586, -7.487995877610167, -34.80091861555747, -7.992771707568823, 1.025137723295662),
-        (-0.6762803392801253, 6.087714651680015, 16.43084320892478, 24.76722511418386, -6.594389125716872),
+        (
+            25.948786856663858,
+            -2.5579724845846235,
+            10.433815404888879,
+            -2.3679251022685204,
+            0.524948541321073,
+            1.1241088310450404,
+            0.4272876194431874,
+            -0.17202221070155493,
+        ),
+        (
+            -9.91568850695171,
+            -0.9689944594115154,
+            3.0438037242978453,
+            -24.495224566215796,
+            20.176138334709044,
+            15.98066361424651,
+            -6.789040303419874,
+            -6.710236069923372,
+        ),
+        (
+            11.419903575922262,
+            2.8879645146136994,
+            72.92137995996029,
+            80.12511834622643,
+            -52.072871366152654,
+            -59.78993625266729,
+            -0.15582684282751913,
+            4.883087185713722,
+        ),
     ]
 )
 
 
 class RodasInterpolation(diffrax.AbstractLocalInterpolation):
-    """Dense output of Rodas4, of order 3: (1−s) y_0 + s (y_1 + (1−s)(d_2 + s d_3)) with s = (t − t_0)/(t_1 − t_0)."""
+    """Dense output of Rodas5P, of order 4: (1−s) y_0 + s (y_1 + (1−s)(d_0 + s (d_1 + s d_2))), s from 0 to 1."""
 
     t0: Float[Array, ""]
     t1: Float[Array, ""]
     y0: PyTree
     y1: PyTree
-    d2: PyTree
-    d3: PyTree
+    d: tuple[PyTree, PyTree, PyTree]
 
     def evaluate(self, t0, t1=None, left=True):
         del left
@@ -65,12 +104,12 @@ class RodasInterpolation(diffrax.AbstractLocalInterpolation):
         length = self.t1 - self.t0
         s = jnp.where(length > 0, (t0 - self.t0) / jnp.where(length > 0, length, 1), 0)
         return jax.tree.map(
-            lambda a, b, c, d: (1 - s) * a + s * (b + (1 - s) * (c + s * d)), self.y0, self.y1, self.d2, self.d3
+            lambda a, b, c, d, e: (1 - s) * a + s * (b + (1 - s) * (c + s * (d + s * e))), self.y0, self.y1, *self.d
         )
 
 
-class Rodas4(diffrax.AbstractAdaptiveSolver):
-    """Rodas4 for autonomous `diffrax.ODETerm`s.
+class Rodas5P(diffrax.AbstractAdaptiveSolver):
+    """Rodas5P for autonomous `diffrax.ODETerm`s.
 
     If the vector field offers `resolvent(y, sigma)`, a function r ↦ (σI − J)^{−1} r, that solves the linear systems;
     otherwise J is formed by forward-mode differentiation and factorised densely. The Jacobian must be exact: with an
@@ -81,7 +120,7 @@ class Rodas4(diffrax.AbstractAdaptiveSolver):
     interpolation_cls: ClassVar = RodasInterpolation
 
     def order(self, terms):
-        return 4
+        return 5
 
     def init(self, terms, t0, t1, y0, args):
         return None
@@ -105,12 +144,12 @@ class Rodas4(diffrax.AbstractAdaptiveSolver):
             new = solve(_add(slope, stages, c / h))
             return jax.tree.map(lambda ks, k: ks.at[i].set(k, mode="drop"), stages, new), new
 
-        empty = jax.tree.map(lambda leaf: jnp.zeros((5, *jnp.shape(leaf)), jnp.result_type(leaf)), y0)
-        stages, every = jax.lax.scan(stage, empty, (jnp.arange(6), *(jnp.asarray(m, h.dtype) for m in (_A, _C))))
-        error = jax.tree.map(lambda ks: ks[5], every)
-        y1 = jax.tree.map(jnp.add, _add(y0, stages, _A[5]), error)
+        empty = jax.tree.map(lambda leaf: jnp.zeros((7, *jnp.shape(leaf)), jnp.result_type(leaf)), y0)
+        stages, every = jax.lax.scan(stage, empty, (jnp.arange(8), *(jnp.asarray(m, h.dtype) for m in (_A, _C))))
+        error = jax.tree.map(lambda ks: ks[7], every)
+        y1 = jax.tree.map(jnp.add, _add(y0, stages, _A[7]), error)
         zero = jax.tree.map(jnp.zeros_like, y0)
-        dense = dict(y0=y0, y1=y1, d2=_add(zero, stages, _D[0]), d3=_add(zero, stages, _D[1]))
+        dense = dict(y0=y0, y1=y1, d=tuple(_add(zero, every, row) for row in _D))
         return y1, error, dense, None, diffrax.RESULTS.successful
 
 
@@ -123,7 +162,7 @@ def dense_resolvent(function, y, sigma):
 
 
 def _add(start, stages, coefficients):
-    """start + Σ_j coefficients_j stages_j, leaf by leaf; `stages` has an axis of five in front."""
+    """start + Σ_j coefficients_j stages_j, leaf by leaf; `stages` has an axis of stages in front."""
 
     def leaf(a, ks):
         return a + jnp.tensordot(jnp.asarray(coefficients, ks.dtype), ks, 1)

@@ -1,6 +1,11 @@
-"""Every test runs in float64, with JAX's strictest promotion rules."""
+"""Every test runs in float64, with JAX's strictest promotion rules.
+
+What has been compiled is kept in pytest's cache folder: for the other processes of the run, for those that tests start,
+and for the next run.
+"""
 
 import gc
+import os
 
 import jax
 import pytest
@@ -8,6 +13,13 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_configure(config):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(autouse=True, scope="module")
