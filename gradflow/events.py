@@ -109,8 +109,7 @@ class Outlook(eqx.Module):
 
     - `share`: the part of the step that can be taken: up to the earliest event that matters or, if that is more, the
       part in which crossings can be made good; +∞ for all of it;
-    - `lands`: whether `share` is the place of an event, before which nothing is released or needs a kick: there, a
-      step can be cut;
+    - `lands`: whether `share` is the place of an event, before which nothing needs a kick: there, a step can be cut;
     - `passed`: free neurons that left their cell until then in a way that does not matter;
     - `arrives`: free neurons that are on a ray at `share`;
     - `kick`: (2, k) what crossings add to u;
@@ -152,13 +151,20 @@ def look_ahead(
     ray = rays(mode, n)
     nearer = jnp.where(hit[1], ray[1], ray[0])
     own = jnp.maximum(mode.ray, 0)
-    # Before and after the step on the ray that a neuron slides on, after it on the one that a free neuron hits.
-    nets, weights = jax.tree.map(lambda a, b: jnp.stack([a, b, b]), (first, start), (last, end))
-    each = jax.vmap(side_velocities, (None, 0, 0, 0))(field, nets, weights, jnp.stack([own, own, nearer]))
-    before, after, sides = (jax.tree.map(lambda a, i=i: a[i], each) for i in range(3))
-    before, after = before.excess(slack), after.excess(slack)
-    loose = mode.sliding & (after < -tolerance.release)
-    aim = jnp.clip((before + 0.5 * tolerance.release) / jnp.where(before > after, before - after, 1), 0.05, 0.95)
+    # At all nodes on the ray that a neuron slides on, after the step on the one that a free neuron hits.
+    inner = jax.vmap(lambda net: field.weights(net.lines))(jax.tree.map(lambda a: a[1:-1], nodes))
+    weights = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), start, inner, end)
+    nets, weights, places = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b[None]]), (nodes, weights, jnp.stack([own] * 5)), (last, end, nearer)
+    )
+    each = jax.vmap(side_velocities, (None, 0, 0, 0))(field, nets, weights, places)
+    sides = jax.tree.map(lambda a: a[-1], each)
+    excess = jax.vmap(lambda one: one.excess(slack))(jax.tree.map(lambda a: a[:-1], each)) + 0.5 * tolerance.release
+    loose = mode.sliding & (excess[-1] < -0.5 * tolerance.release)
+    quartic_excess = jnp.asarray(_TO_QUARTIC, dtype) @ excess
+    falls = jnp.asarray(_SCAN, dtype) @ quartic_excess < 0
+    aim = _root(quartic_excess, jnp.maximum(jnp.argmax(falls, axis=0), 1), len(_SCAN) - 1)
+    aim = jnp.clip(aim, 0.05, 0.95)
 
     # The jump of the field over all points passed.
     heaviest = jnp.maximum(start.p, end.p) * jnp.hypot(1, points.x)
@@ -192,9 +198,7 @@ def look_ahead(
     arrives = ~mode.sliding & matters & jnp.any(hit & (root <= share), axis=0)
     there = jnp.einsum("i,irk->rk", lagrange(jnp.minimum(share, 1)), value)
     passed = jnp.where(share <= 1, ~mode.sliding & ~arrives & jnp.any(there < -touch, axis=0), passed)
-    # Where a release ought to be is only guessed: a shorter step has to show whether it was right.
-    guessed = jnp.any((loose & matters) | (many & (enough >= share)))
-    lands = (share > 0.01) & ~guessed & ~jnp.any(passed & passes)
+    lands = (share > 0.01) & ~jnp.any(many & (enough >= share)) & ~jnp.any(passed & passes)
     kick = jnp.where((passed & passes)[None], crossing.kick, 0)
     return Outlook(share, lands, passed, arrives, kick, growth)
 
@@ -242,12 +246,13 @@ def _passed_weight(weight, old, new, n: int):
 
 def update(
     field: Field, net: ReluNetwork, weights: Weights, passed, arrives, noise: Float[Array, ""], tolerance: Tolerance
-) -> tuple[ReluNetwork, Mode, Int[Array, ""]]:
+) -> tuple[ReluNetwork, Mode, Int[Array, ""], Bool[Array, ""]]:
     """The mode after an accepted step, by the velocities on both sides; neurons on a ray are put exactly there.
 
     `passed` and `arrives` as in `Outlook`.
 
-    Returns the network, the mode and the number of events.
+    Returns the network, the mode, the number of events, and whether a release comes too late to be accurate: where it
+    ought to be was guessed.
     """
     mode, points = field.mode, field.points
     n = points.x.shape[0]
@@ -269,7 +274,8 @@ def update(
     ray = jnp.where(through, opposite, ray)
 
     sides, doubt = side_velocities(field, net, weights, ray), noise * jnp.abs(net.v)
-    released = mode.sliding & ~through & (sides.excess(2 * doubt) < 0)
+    excess = jnp.where(mode.sliding & ~through, sides.excess(2 * doubt), 0)
+    released, late = excess < 0, jnp.any(excess < -tolerance.release)
     inside = jnp.where(mode.cell == active_cell(ray, n), sides.active, -sides.inactive)
     touching = ~mode.sliding & (jnp.abs(near) <= tolerance.landing(net, points)) & (inside < 0)
     # One that was let pass although it would stick comes back, again and again, unless it is held here.
@@ -292,4 +298,4 @@ def update(
     along = jnp.where(through, 0, along)
     on = decided | new.sliding
     net = ReluNetwork(jnp.where(on, along, net.w), jnp.where(on, -x * along, net.b), net.v)
-    return net, new, jnp.sum(decided | passed)
+    return net, new, jnp.sum(decided | passed), late

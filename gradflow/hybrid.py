@@ -100,16 +100,16 @@ class Problem(eqx.Module):
         outlook = look_ahead(field, nodes, start, end, step, noise, tolerance)
         early = sound & (outlook.share <= 1)
         lands = early & outlook.lands & self.quartic
-        accept = sound & (~early | lands)
-
         taken = jnp.where(lands, outlook.share, 1)
         net, lines, tick = jax.tree.map(lambda a: jnp.tensordot(lagrange(taken), a, 1), y)
         landed = from_lines(net, lines, self.balance)
         new, clock = jax.tree.map(lambda a, b: jnp.where(lands, a, b), (landed, tick), (new, clock))
         end = field.weights(new.lines)
         kicked = ReluNetwork(new.w + outlook.kick[0], new.b + outlook.kick[1], new.v)
-        net, mode, events = update(field, kicked, end, outlook.passed, outlook.arrives, noise, tolerance)
+        net, mode, events, late = update(field, kicked, end, outlook.passed, outlook.arrives, noise, tolerance)
         net = from_lines(net, net.lines, self.balance)
+        lands &= ~late
+        accept = sound & (~early | lands)
 
         # The error of both methods behaves like h⁵. A step that was just found too long does not grow again.
         most = jnp.where(state.shrunk, jnp.where(sound, 1.0, _AGAIN), 5.0)
