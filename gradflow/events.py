@@ -198,7 +198,9 @@ def look_ahead(
     arrives = ~mode.sliding & matters & jnp.any(hit & (root <= share), axis=0)
     there = jnp.einsum("i,irk->rk", lagrange(jnp.minimum(share, 1)), value)
     passed = jnp.where(share <= 1, ~mode.sliding & ~arrives & jnp.any(there < -touch, axis=0), passed)
-    lands = (share > 0.01) & ~jnp.any(many & (enough >= share)) & ~jnp.any(passed & passes)
+    # At the origin of the (w, b) plane, where neurons die, a step is only cut if it matters in a shorter one too.
+    dies = mode.sliding & hit[0] & matters & (root[0] <= share)
+    lands = (share > 0.01) & ~jnp.any((many & (enough >= share)) | (passed & passes) | dies)
     kick = jnp.where((passed & passes)[None], crossing.kick, 0)
     return Outlook(share, lands, passed, arrives, kick, growth)
 
@@ -251,8 +253,8 @@ def update(
 
     `passed` and `arrives` as in `Outlook`.
 
-    Returns the network, the mode, the number of events, and whether a release comes too late to be accurate: where it
-    ought to be was guessed.
+    Returns the network, the mode, the number of events, and whether the step did not end where it was meant to: not on
+    the ray of one that arrives, or too late for one that is released to be accurate.
     """
     mode, points = field.mode, field.points
     n = points.x.shape[0]
@@ -275,13 +277,14 @@ def update(
 
     sides, doubt = side_velocities(field, net, weights, ray), noise * jnp.abs(net.v)
     excess = jnp.where(mode.sliding & ~through, sides.excess(2 * doubt), 0)
-    released, late = excess < 0, jnp.any(excess < -tolerance.release)
+    released = excess < 0
     inside = jnp.where(mode.cell == active_cell(ray, n), sides.active, -sides.inactive)
     touching = ~mode.sliding & (jnp.abs(near) <= tolerance.landing(net, points)) & (inside < 0)
     # One that was let pass although it would stick comes back, again and again, unless it is held here.
     most = jnp.minimum(tolerance.size(net), tolerance.reach(net, points))
     held = (sides.inactive > 0) & (sides.active < 0) & (jnp.abs(near) <= most)
     touching |= (passed & held) | (arrives & (inside < 0) & (jnp.abs(near) <= most))
+    astray = jnp.any(arrives & ~touching) | jnp.any(excess < -tolerance.release)
 
     decided = touching | released | through
     slides = decided & ~released & (sides.inactive > -doubt) & (sides.active < doubt)
@@ -298,4 +301,4 @@ def update(
     along = jnp.where(through, 0, along)
     on = decided | new.sliding
     net = ReluNetwork(jnp.where(on, along, net.w), jnp.where(on, -x * along, net.b), net.v)
-    return net, new, jnp.sum(decided | passed), late
+    return net, new, jnp.sum(decided | passed), astray

@@ -106,9 +106,9 @@ class Problem(eqx.Module):
         new, clock = jax.tree.map(lambda a, b: jnp.where(lands, a, b), (landed, tick), (new, clock))
         end = field.weights(new.lines)
         kicked = ReluNetwork(new.w + outlook.kick[0], new.b + outlook.kick[1], new.v)
-        net, mode, events, late = update(field, kicked, end, outlook.passed, outlook.arrives, noise, tolerance)
+        net, mode, events, astray = update(field, kicked, end, outlook.passed, outlook.arrives, noise, tolerance)
         net = from_lines(net, net.lines, self.balance)
-        lands &= ~late
+        lands &= ~astray
         accept = sound & (~early | lands)
 
         # The error of both methods behaves like h⁵. A step that was just found too long does not grow again.
