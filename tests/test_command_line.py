@@ -193,23 +193,23 @@ def test_flow_draws_where_it_is_told(tmp_path, monkeypatch, capsys):
     assert not Path("points.png").exists()
 
 
-SMALL = ("--neurons", 2, "--switches", 1, "--samples", 8, "--width", 8, "--sweep", "none")
+SMALL = ("--neurons", 2, "--switches", 1, "--samples", 20, "--width", 32, "--sweep", "none")
 
 
 def test_study_prints_claims_and_writes_dataset_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, "study", *SMALL, "--trials", 3, "--key", 5, "--confidence", 0.9)
+    code, out, err = run(capsys, "study", *SMALL, "--trials", 8, "--key", 5, "--confidence", 0.9)
     assert code == 0, err
     assert "perfect training accuracy" in out and "90 %" in out
     (folder,) = Path("runs").iterdir()
     assert f"dataset  {folder / 'study.nc'}" in out and f"figures  {folder / 'study.png'}\n" in out
     dataset = load(folder)
-    assert dataset.sizes["trial"] == 3
+    assert dataset.sizes["trial"] == 8
     assert np.all(dataset["sample_switches"].values <= 1)
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     assert {"manifest.json", "study.nc", "study.png"} < {file.name for file in folder.iterdir()}
     # Another experiment must not overwrite this one, and has a folder of its own unless told otherwise.
-    code, _, err = run(capsys, "study", *SMALL, "--trials", 3, "--key", 6, "--path", folder)
+    code, _, err = run(capsys, "study", *SMALL, "--trials", 8, "--key", 6, "--path", folder)
     assert code == 2 and str(folder) in err
     assert load(folder).identical(dataset)
 

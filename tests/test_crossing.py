@@ -40,7 +40,7 @@ def off(a, b):
     return float(max(jax.tree.leaves(sizes)))
 
 
-@pytest.mark.parametrize(("key", "n", "k"), [(0, 400, 32), (1, 1000, 16)])
+@pytest.mark.parametrize(("key", "n", "k"), [(0, 400, 32), pytest.param(1, 1000, 16, marks=pytest.mark.slow)])
 def test_a_thousand_points_are_passed_within_the_tolerance(key, n, k):
     net, data = problem(key, n, k)
     reference = jax.jit(small_steps)(net, data, 0.2, 5_000)

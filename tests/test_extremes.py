@@ -51,7 +51,9 @@ def draw(seed, n, k):
     return gf.ReluNetwork.random(weights, k), data
 
 
-@pytest.mark.parametrize(("n", "k", "time"), [(50, 1, 0.5), (300, 512, 0.02), (5_000, 8, 0.1)])
+@pytest.mark.parametrize(
+    ("n", "k", "time"), [(50, 1, 0.5), (300, 512, 0.02), pytest.param(5_000, 8, 0.1, marks=pytest.mark.slow)]
+)
 def test_every_size_agrees_with_small_steps(n, k, time):
     net, data = draw(1, n, k)
     reference = jax.jit(small_steps)(net, data, time, 500)

@@ -323,7 +323,10 @@ def test_float32_works_as_far_as_it_can_and_says_where_it_stops():
 # -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [diffrax.Tsit5(scan_kind="lax"), diffrax.Dopri8(), diffrax.Kvaerno5()])
+@pytest.mark.parametrize(
+    "solver",
+    [diffrax.Tsit5(scan_kind="lax"), pytest.param(diffrax.Dopri8(), marks=pytest.mark.slow), diffrax.Kvaerno5()],
+)
 def test_users_may_pass_a_diffrax_solver(solver):
     net, data = problem(2)
     until = gf.Until(time=2.0)

@@ -125,7 +125,12 @@ TO_AND_FRO = pytest.param(reference_trial, 4301, id="to and fro")
 
 
 @pytest.mark.parametrize(
-    ("draw", "index"), [*CHATTERED, *(pytest.param(reference_trial, i) for i in CREPT), TO_AND_FRO]
+    ("draw", "index"),
+    [
+        *CHATTERED,
+        *(pytest.param(reference_trial, i, marks=() if i < 2000 else pytest.mark.slow) for i in CREPT),
+        TO_AND_FRO,
+    ],
 )
 def test_flows_that_almost_stand_still_neither_flicker_nor_creep(draw, index):
     net, data = draw(index)
@@ -156,6 +161,23 @@ def test_narrow_networks_fail_in_a_few_thousand_attempts(which):
     net, data = narrow_trial(*which)
     flow = gf.integrate(net, data, until=gf.Until(log_loss=-1000.0), max_steps=20_000)
     assert flow.status == gf.Status.stalled and flow.steps + flow.rejected < 4_000
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        # Cut short where neurons die, over and over, though a shorter step goes past.
+        pytest.param((4, 4, (1522320319, 1376613406), 131), id="dies"),
+        # Cut short beyond a ray, by too much to be put on it, and never to get away from there again.
+        pytest.param((8, 16, (178912726, 3055845535), 174, 100), id="beyond its ray", marks=pytest.mark.slow),
+        pytest.param((4, 8, (3946710212, 532497281), 315), id="beyond its ray, of eight", marks=pytest.mark.slow),
+        pytest.param((6, 48, (1178626710, 2863715456), 48, 75), id="not a number", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_that_is_cut_short_ends_where_it_was_meant_to(which):
+    net, data = narrow_trial(*which)
+    flow = gf.integrate(net, data, until=gf.Until(log_loss=-1000.0), max_steps=4_000)
+    assert flow.status == gf.Status.stalled
 
 
 def test_the_loss_of_one_dead_point_proves_nothing():

@@ -283,6 +283,7 @@ def test_region_bound():
     assert [region_bound(r) for r in (1, 3, 5)] == [99, 163, 227]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_be_drawn_decides_nothing(monkeypatch):
     monkeypatch.setattr(gradflow.teacher, "_ATTEMPTS", 0)
     # A size of its own, so that no compiled draw is found or left behind.
