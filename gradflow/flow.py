@@ -20,9 +20,10 @@ nothing is stiff and the Jacobian is large, and where it has more parts than the
 followed on their own, slow time scale (`slow.py`): "stalled" means that they had not left a positive loss by t = e^496,
 or by 1/L of the loss that was asked for; or that all forces cancel to 1e-10.
 
-**Errors.** A step's error is at most atol + rtol · size in every parameter and 1e-3 in every margin that matters, less
-where forces almost cancel; events are met to a fifth of rtol ‖u_j‖, and releases to 0.3 √rtol of the force, which
-moves a breakpoint by O(rtol). v_j² − w_j² − b_j² is conserved in every mode and restored after each step.
+**Errors.** A step's error is at most atol + rtol · max(‖u_j‖, |v_j|) in every parameter of neuron j and 1e-3 in every
+margin that matters, less where forces almost cancel; events are met to a fifth of rtol ‖u_j‖, and releases to 0.3 √rtol
+of the force, which moves a breakpoint by O(rtol). v_j² − w_j² − b_j² is conserved in every mode and restored after each
+step.
 """
 
 import diffrax
@@ -59,7 +60,8 @@ def integrate(
     - `net`, `data`: the initial network and the points, of one float dtype.
     - `loss`: default `Exponential()`.
     - `until`: when to stop; default `Until()`, until the limit of the direction is certified.
-    - `rtol`, `atol`: error allowed in each parameter in one step, relative and absolute (units of θ). Traced.
+    - `rtol`, `atol`: error allowed in each parameter in one step, relative to its neuron's size max(‖u‖, |v|) and
+        absolute (units of θ). Traced.
     - `solver`: any Diffrax solver with an error estimate, for all steps. Default: Rodas5P, and Tsit5 where too many
         points matter at once for its linear algebra.
     - `save`: the most snapshots to keep along the way (even, ≥ 2), in `flow.path`; default none.

@@ -52,7 +52,8 @@ def draw(seed, n, k):
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "time"), [(50, 1, 0.5), (300, 512, 0.02), pytest.param(5_000, 8, 0.1, marks=pytest.mark.slow)]
+    ("n", "k", "time"),
+    [(50, 1, 0.5), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((300, 512, 0.02), (5_000, 8, 0.1)))],
 )
 def test_every_size_agrees_with_small_steps(n, k, time):
     net, data = draw(1, n, k)

@@ -110,7 +110,7 @@ def test_the_two_references_agree():
     assert distance(gf.ReluNetwork(*reference.run(4.0)), end) < 1e-12
 
 
-@pytest.mark.parametrize(("time", "log_loss"), [(30.0, -478), (60.0, -612_875)])
+@pytest.mark.parametrize(("time", "log_loss"), [(30.0, -478), pytest.param(60.0, -612_875, marks=pytest.mark.slow)])
 def test_stiff_flow_agrees_with_radau_between_events(time, log_loss):
     net, data = problem(1, width=6, samples=8)
     reference = Reference(net.w, net.b, net.v, data.x, data.y)
@@ -173,6 +173,7 @@ def test_repeating_every_point_changes_nothing():
     assert float(twice.log_loss) == pytest.approx(float(once.log_loss), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_zero_neurons_change_nothing():
     net, data = problem(4)
     padded = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros(3)]), net)
@@ -302,6 +303,7 @@ def test_step_limit_and_non_finite_are_values():
     assert flow.status == gf.Status.non_finite and flow.steps + flow.rejected == 0
 
 
+@pytest.mark.slow
 def test_conflicting_points_inside_a_batch_are_a_status():
     net, _ = problem(0)
     xs, ys = jnp.array([[0.0, 1.0], [0.5, 0.5]]), jnp.array([[1.0, -1.0], [1.0, -1.0]])
@@ -325,7 +327,13 @@ def test_float32_works_as_far_as_it_can_and_says_where_it_stops():
 
 @pytest.mark.parametrize(
     "solver",
-    [diffrax.Tsit5(scan_kind="lax"), pytest.param(diffrax.Dopri8(), marks=pytest.mark.slow), diffrax.Kvaerno5()],
+    [
+        *(
+            pytest.param(solver, marks=pytest.mark.slow)
+            for solver in (diffrax.Tsit5(scan_kind="lax"), diffrax.Dopri8())
+        ),
+        diffrax.Kvaerno5(),
+    ],
 )
 def test_users_may_pass_a_diffrax_solver(solver):
     net, data = problem(2)

@@ -18,7 +18,7 @@ def test_the_example_runs_and_is_short(capsys):
     assert len([line for line in EXAMPLES[0].splitlines() if line]) <= 15
     exec(compile(EXAMPLES[0], "README.md", "exec"), {"__name__": "readme"})
     out = capsys.readouterr().out
-    for found in ("Limit: Certified", "(proved)", "Reached what `until` asked for.", "perfect training accuracy"):
+    for found in ("Limit: Certified", "(proved)", "perfect training accuracy"):
         assert found in out
 
 
@@ -28,7 +28,8 @@ def test_what_else_a_flow_can_do(capsys, tmp_path, monkeypatch):
     setup = "".join(line + "\n" for line in EXAMPLES[0].splitlines()[:4])
     exec(compile(setup + EXAMPLES[2], "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "flow.png").exists()
-    assert "ReluNetwork(" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ReluNetwork(" in out and "Reached what `until` asked for." in out
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ def test_a_process_pool_changes_nothing(trial, tmp_path):
     assert 0.3 < int(expected["steps"].sum()) / found.attrs["lane_attempts"] <= 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_leaves_a_study_that_goes_on(trial, tmp_path):
     with spawn() as executor:
 
