@@ -14,6 +14,7 @@ most 1 − `confidence`, for any number of trials (`tests/test_claims.py` counts
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +54,8 @@ class Claim(NamedTuple):
 def check_levels(confidence: float, delta: float) -> None:
     """**Raises** `ValueError` unless both are probabilities that leave digits for what is computed from them."""
     for name, value in (("confidence", confidence), ("delta", delta)):
-        if not 1e-9 <= value <= 1 - 1e-9:
-            raise ValueError(f"{name} must lie strictly between 0 and 1, by 1e-9 at least, got {value}")
+        if not isinstance(value, Real) or not 1e-9 <= value <= 1 - 1e-9:
+            raise ValueError(f"{name} must lie strictly between 0 and 1, by 1e-9 at least, got {value!r}")
 
 
 def decide(measured: Estimate, least: float = -math.inf, most: float = math.inf) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+from numbers import Real
 
 import numpy as np
 from scipy.optimize import brentq
@@ -123,9 +124,7 @@ def estimate_quantile(values, quantile, confidence=0.99, *, unresolved=0) -> Est
         raise ValueError("there are no draws to estimate a quantile from")
     if np.isnan(values).any():
         raise ValueError("a draw is NaN; count it as unresolved")
-    for name, number in (("quantile", quantile), ("confidence", confidence)):
-        if not 0 < number < 1:
-            raise ValueError(f"{name} must lie strictly between 0 and 1, got {number}")
+    _check_inside(quantile=quantile, confidence=confidence)
     tail = (1 - confidence) / 2
     rank = np.arange(trials + 1)
     first = int(np.sum(binom.cdf(rank, trials, quantile) <= tail))  # the largest l with P(fewer than l) ≤ tail
@@ -149,9 +148,7 @@ def quantile_sample_size(quantile, confidence=0.99) -> int:
     >>> quantile_sample_size(0.9)
     51
     """
-    for name, number in (("quantile", quantile), ("confidence", confidence)):
-        if not 0 < number < 1:
-            raise ValueError(f"{name} must lie strictly between 0 and 1, got {number}")
+    _check_inside(quantile=quantile, confidence=confidence)
     return math.ceil(math.log((1 - confidence) / 2) / math.log(max(quantile, 1 - quantile)))
 
 
@@ -165,8 +162,7 @@ def sample_size(width, confidence=0.99) -> int:
     >>> sample_size(0.05)
     2690
     """
-    if not 0 < width < 1:
-        raise ValueError(f"width must lie strictly between 0 and 1, got {width}")
+    _check_inside(width=width)
 
     def enough(trials):
         found = estimate_probability(trials // 2, trials, confidence)
@@ -192,8 +188,7 @@ def _counts(successes, resolved, unresolved, confidence) -> tuple[int, int, int]
     trials = resolved + unresolved
     if trials == 0:
         raise ValueError("there are no trials to estimate a probability from")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+    _check_inside(confidence=confidence)
     return successes, trials, successes + unresolved
 
 
@@ -205,3 +200,9 @@ def _count(name, value) -> int:
     if count < 0:
         raise ValueError(f"{name} must not be negative, got {count}")
     return count
+
+
+def _check_inside(**numbers) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or not 0 < number < 1:
+            raise ValueError(f"{name} must lie strictly between 0 and 1, got {number!r}")

@@ -159,6 +159,8 @@ def _run(
     batch = None if batch is None else _positive("batch", batch)
     if executor is not None and not isinstance(executor, Executor):
         raise ValueError(f"executor must be a concurrent.futures.Executor, got {executor!r}")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress must be a function of a gradflow.Progress, got {progress!r}")
     if jax.process_count() > 1 and (executor is not None or any(folder is None for *_, folder in work)):
         raise ValueError("several processes share a study through its path: give one that all of them see, no executor")
     for trial, *_ in work:

@@ -148,7 +148,9 @@ def test_sample_size_is_the_least_that_is_enough_for_every_outcome(width, confid
     assert widest(n) <= width < widest(n - 1)
 
 
-@pytest.mark.parametrize(("width", "confidence"), [(0.0, 0.9), (1.0, 0.9), (0.1, 1.0), (float("nan"), 0.9)])
+@pytest.mark.parametrize(
+    ("width", "confidence"), [(0.0, 0.9), (1.0, 0.9), (0.1, 1.0), (float("nan"), 0.9), (0.1, "0.9")]
+)
 def test_sample_size_refuses_nonsense(width, confidence):
     with pytest.raises(ValueError, match="strictly between"):
         sample_size(width, confidence)

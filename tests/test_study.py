@@ -149,6 +149,7 @@ def test_progress_counts(trial, monkeypatch):
         (dict(batch=0), "batch must be at least 1"),
         (dict(batch="all"), "batch must be a whole number"),
         (dict(executor=4), "executor must be a concurrent.futures.Executor"),
+        (dict(progress=5), "progress must be a function"),
         (dict(key=0), "key must be a JAX random key"),
         (dict(key=jnp.zeros(3)), "key must be a JAX random key"),
         (dict(key=jr.split(jr.key(0), 4)), "takes one key"),
