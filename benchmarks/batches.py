@@ -5,6 +5,14 @@ The reference trial: 50 points with 4 label switches, 32 neurons, to the certifi
     python benchmarks/batches.py                    # 400 trials or 12 batches at each size, 10 minutes
     python benchmarks/batches.py --quick            # 64 trials or 2 batches at 4 and 8
     python benchmarks/batches.py --trials 10000 --batch 8
+
+Two cores (AMD EPYC), JAX 0.10, float64, November 2026. A batch of 8 is as fast as it gets, and of what it computes 90 %
+is used; waiting for the slowest of a batch would use 58 %. A trial takes a median of 500 attempts, 857 at most.
+
+     batch   1     2     4     8    16    32
+  trials/s   9.0  10.5  11.6  12.0  12.3  11.4
+ us/attempt  222   190   172   166   163   174
+    useful  100 %  93 %  91 %  90 %  88 %  84 %
 """
 
 import argparse

@@ -9,7 +9,8 @@ neurons; it is followed to log loss −1000. Each is a key, `fold_in(key(seed), 
     python benchmarks/exact_flow.py --samples 5000 --width 64 --trials 2 --batch 1 --first 100000 --max-steps 100000
     python benchmarks/exact_flow.py --width 512 --trials 32 --batch 4 --first 5000
 
-Two cores, float64, November 2026. 10,000 trials, at most 20,000 attempts, in 734 s: 9,228 reached log loss −1000 and
+Two cores, float64, November 2026, of version 772a850, before Rodas5P, with which flows take half the attempts (see
+`limits.py`). 10,000 trials, at most 20,000 attempts, in 734 s: 9,228 reached log loss −1000 and
 772 stalled; none is left open. Of those that reached, median 963 attempts and 328 events, 1,462 and 563 at 99 %, 2,091
 and 961 at most; of those that stalled, median 926 attempts, 1,860 at most. Drift of v² − w² − b² at most 3.2e-16 ρ²,
 log L never rose by more than 6.0e-8 in a step, log t follows its law to 2.4e-4 of itself. 128 trials reached it after

@@ -206,7 +206,8 @@ def load(path: str | os.PathLike) -> xr.Dataset:
     that read as it is needed.
 
     **Raises** `FileNotFoundError` if there is none, and `ValueError`, naming files, if it is torn or neither, if the
-    directory holds several, and for one that is not finished.
+    directory holds several, and for one of which nothing has been put together yet. An interrupted study is read up to
+    the first trial that is missing; those that ended first would be no fair sample.
     """
     file = pathlib.Path(path)
     if file.is_dir():

@@ -82,10 +82,10 @@ def regions_are_bounded(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA)
     wide = [cell for cell in cells if (trial := trial_of(cell)).width + 1 > region_bound(trial.neurons)]
     cells = wide or cells[:1]
     bounds = sorted({region_bound(trial_of(cell).neurons) for cell in cells})
-    widths = ", ".join(str(trial_of(cell).width) for cell in cells)
+    widths, neurons = (", ".join(str(getattr(trial_of(cell), name)) for cell in cells) for name in ("width", "neurons"))
     note = f"of the certified limit; 32 r + 67 = {', '.join(map(str, bounds))} is a reported bound"
     note += "" if wide else ", and vacuous"
-    note += f"; {widths} neurons have one region more than that at most"
+    note += f"; here r = {neurons}, and {widths} neurons can have one region more than there are neurons"
     claim = probable("at most 32r + 67 linear regions", cells, coded("regions_verdict"), confidence, delta, note)
     return claim if wide else _vacuous(claim)
 
@@ -96,19 +96,20 @@ def training_succeeds_with_few_regions(dataset: xr.Dataset, confidence=CONFIDENC
 
 
 def regions_are_twice_the_least(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> Claim:
-    """The limit has at most twice the linear regions that its labels force on it.
+    """The limit has at most twice the linear regions that its labels force on it, or two more than switches.
 
     N has no more than one root in a region, so m label switches take m regions at least (one if m = 0), and the global
-    optimum has just as many if m ≥ 3. Ours, from what the data show; not the paper's.
+    optimum has just as many if m ≥ 3; it may have two more for fewer. Ours, from what the data show; not the paper's.
     """
 
     def counted(cell):
         certified = has_limit(cell)
-        few = cell["regions"].values <= 2 * np.maximum(cell["sample_switches"].values, 1)
+        switches = cell["sample_switches"].values
+        few = cell["regions"].values <= np.maximum(2 * switches, switches + 2)
         return certified & few, certified & ~few
 
     note = "of the certified limit; a sample with m switches needs m; our own law"
-    return probable("at most 2m linear regions", dataset, counted, confidence, delta, note)
+    return probable("at most max(2m, m + 2) regions", dataset, counted, confidence, delta, note)
 
 
 def error_is_bounded(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> Claim:

@@ -72,15 +72,10 @@ def locally(families: Sequence[Sequence[Cell]], batch: int | None, watch: Watch)
     count = max(os.cpu_count() or 1, len(devices)) if on_cpu else len(devices)
     width = lanes([cell for family in families for cell in family], batch, count)
     group = group_of(width)
-    stop, lock, failures = threading.Event(), threading.Lock(), []
-
-    def told(*outcome) -> None:
-        with lock:
-            watch.add(*outcome)
-
+    stop, failures = threading.Event(), []
     queues = [_Shared(_blocks(family, group)) for family in families]
     gates = [{device: threading.Lock() for device in devices} for _ in families]
-    engines = [Engine(width, group, told, stop) for _ in range(count)]
+    engines = [Engine(width, group, watch.add, stop) for _ in range(count)]
 
     def drive(engine: Engine, device) -> None:
         try:
@@ -103,9 +98,8 @@ def locally(families: Sequence[Sequence[Cell]], batch: int | None, watch: Watch)
         while any(thread.is_alive() for thread in threads):
             for thread in threads:
                 thread.join(_POLL)
-            with lock:
-                watch.possible = sum(engine.possible for engine in engines)
-                watch.look()
+            watch.possible = sum(engine.possible for engine in engines)
+            watch.look()
     finally:
         stop.set()
         for thread in threads:

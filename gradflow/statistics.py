@@ -81,7 +81,7 @@ def confidence_sequence(successes, resolved, confidence=0.99, *, unresolved=0) -
     reaches 1/α with probability α at most (Ville 1939). The interval is where it has not.
 
     >>> print(confidence_sequence(98, 100))
-    0.9800 [0.8942, 0.9988] at 99 %
+    0.9800 [0.8700, 0.9999] at 99 %
     """
     successes, trials, possible = _counts(successes, resolved, unresolved, confidence)
     budget = -math.log1p(-confidence)

@@ -29,7 +29,7 @@ from gradflow.trial import Trial
 
 MANIFEST = "manifest.json"
 _SAME = ("trial", "key", "dtype")  # what the parts of a study have in common
-_CODES = [verdict.value for verdict in Verdict]
+_MISSING = -1
 
 Columns = Mapping[str, np.ndarray]
 
@@ -61,18 +61,24 @@ class Store:
         self.stamp: dict[str, str] = provenance(trial, key)
         self.origin: dict[str, str] = {}  # of a study that is gone on with: it stays the study it was
         self.run = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self.have = np.zeros(trials, bool)
+        self.codes = np.full(trials, _MISSING, np.int8)  # of the verdicts, by trial
         self.parts: list[Part] = []
-        self.prefix = 0  # trials up to the first that is missing, and their verdicts; and of those beyond it
-        self.verdicts = dict.fromkeys(_CODES, 0)
-        self.ahead: dict[int, int] = {}
+        self.prefix = 0  # trials up to the first that is missing
         self.fresh: list[tuple[np.ndarray, Columns]] = []
         if folder is not None:
             self._open(folder)
 
     def missing(self, trials: int) -> np.ndarray:
         """The numbers below `trials` of those that are not there."""
-        return np.flatnonzero(~self.have[:trials])
+        return np.flatnonzero(self.codes[:trials] == _MISSING)
+
+    def done(self, trials: int) -> int:
+        """How many of those below `trials` are there."""
+        return int(np.sum(self.codes[:trials] != _MISSING))
+
+    def verdicts(self, trials: int) -> dict[str, int]:
+        """How many of those below `trials` that are there have each verdict."""
+        return {verdict.name: int(np.sum(self.codes[:trials] == verdict.value)) for verdict in Verdict}
 
     def add(self, numbers: np.ndarray, columns: Columns) -> None:
         """Finished trials, to be saved with the next part."""
@@ -134,12 +140,16 @@ class Store:
     def rows(self, first: int, last: int) -> dict[str, np.ndarray]:
         """The columns of trials `first` up to but not including `last`, all of which must be there."""
         columns = {name: np.zeros(last - first, kind) for name, (kind, *_) in VARIABLES.items()}
+        there = np.zeros(last - first, bool)
         for part in self.parts:
             if part.first < last and first <= part.last:
                 numbers, some = self._read(part.source) if isinstance(part.source, pathlib.Path) else part.source
                 inside = (first <= numbers) & (numbers < last)
                 for name, column in columns.items():
                     column[numbers[inside] - first] = some[name][inside]
+                there[numbers[inside] - first] = True
+        if not there.all():
+            raise RuntimeError(f"trial {first + int(np.argmin(there))} has ended and is in no part: a bug of gradflow")
         return columns
 
     # Files
@@ -208,13 +218,10 @@ class Store:
         self.parts.append(Part(int(numbers.min()), int(numbers.max()), numbers.size, source, run, *spent))
 
     def _count(self, numbers: np.ndarray, columns: Columns) -> None:
-        if (most := int(numbers.max(initial=-1)) + 1) > self.have.size:
-            self.have = np.pad(self.have, (0, most - self.have.size))
-        new = ~self.have[numbers]  # two processes may have run the same trials
-        self.have[numbers] = True
-        self.ahead.update(zip(numbers[new].tolist(), columns["verdict"][new].tolist(), strict=True))
-        while (code := self.ahead.pop(self.prefix, None)) is not None:
-            self.verdicts[code] += 1
+        if (most := int(numbers.max(initial=-1)) + 1) > self.codes.size:
+            self.codes = np.pad(self.codes, (0, most - self.codes.size), constant_values=_MISSING)
+        self.codes[numbers] = columns["verdict"]
+        while self.prefix < self.codes.size and self.codes[self.prefix] != _MISSING:
             self.prefix += 1
 
 

@@ -183,7 +183,7 @@ def _run(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted: {watch.advice}") from None
     finally:
-        watch.save()
+        watch.close()
         if jax.process_count() == 1:
             for store in stores:
                 store.write()

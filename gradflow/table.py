@@ -92,7 +92,8 @@ def summary(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> str:
     attempts = int(np.sum(dataset["steps"].values, dtype=int) + np.sum(dataset["rejected"].values, dtype=int))
     useful = attempts / max(float(dataset.attrs["lane_attempts"]), 1.0)
     seconds = float(dataset.attrs["seconds"])
-    lines.append(f"{status.size} trials{cells} in {seconds:.1f} s; {useful:.0%} of the lanes' time went into them")
+    time = f"{seconds:.1f} s, but for compiling"
+    lines.append(f"{status.size} trials{cells} in {time}; {useful:.0%} of the lanes' time went into them")
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """A study under way: what the engines hand in is kept and saved, and reported."""
 
+import collections
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -45,20 +47,31 @@ class Watch:
         self.saved = time.monotonic()
         self.before = self._done()
         self.started: tuple[float, int] | None = None  # when the first trials had ended, and how many that were
-        self.fresh = any(store.have.any() for store in stores)
+        self.fresh = self.before > 0
+        self.lock, self.closed = threading.Lock(), False
 
     def add(self, cell: int, numbers: np.ndarray, record: Record) -> None:
+        """Finished trials, from any thread. After `close` they are left out: the thread has outlived its study."""
         columns = {name: np.asarray(getattr(record, name)).astype(kind) for name, (kind, *_) in VARIABLES.items()}
-        self.stores[cell].add(numbers, columns)
-        self.attempts[cell] += int(np.sum(columns["steps"] + columns["rejected"]))
-        self.fresh = True
+        with self.lock:
+            if not self.closed:
+                self.stores[cell].add(numbers, columns)
+                self.attempts[cell] += int(np.sum(columns["steps"] + columns["rejected"]))
+                self.fresh = True
 
     def look(self) -> None:
-        if self.fresh:
-            self.fresh = False
-            self._report()
-        if time.monotonic() - self.saved > _CHECKPOINT:
-            self.save()
+        with self.lock:
+            if self.fresh:
+                self.fresh = False
+                self._report()
+            if time.monotonic() - self.saved > _CHECKPOINT:
+                self._save()
+
+    def close(self) -> None:
+        """Save what there is, and take nothing more: Ctrl-C again and again leaves threads behind."""
+        with self.lock:
+            self.closed = True
+            self._save()
 
     @property
     def advice(self) -> str:
@@ -68,7 +81,7 @@ class Watch:
             return f"{done} and are lost, as there is no path to keep them in"
         return f"{done} and are kept; run the same again, and it goes on"
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Each store is charged its share of the time and of the lanes, by step attempts."""
         now, whole, possible = time.monotonic(), max(sum(self.attempts), 1), self.possible
         for i, store in enumerate(self.stores):
@@ -77,7 +90,7 @@ class Watch:
         self.attempts, self.charged, self.saved = [0] * len(self.stores), possible, now
 
     def _done(self) -> int:
-        return sum(int(np.sum(store.have[: self.trials])) for store in self.stores)
+        return sum(store.done(self.trials) for store in self.stores)
 
     def _report(self) -> None:
         if self.progress is None:
@@ -89,13 +102,12 @@ class Watch:
             self.started = since, first
         rate = (done - first) / (now - since) if done > first else 0.0
         left = 0.0 if done == total else (total - done) / rate if rate else math.inf
-        verdicts, interval = {verdict.name: 0 for verdict in Verdict}, None
+        verdicts = collections.Counter({verdict.name: 0 for verdict in Verdict})
         for store in self.stores:
-            for verdict in Verdict:
-                ahead = sum(code == verdict.value for code in store.ahead.values())
-                verdicts[verdict.name] += store.verdicts[verdict.value] + ahead
-        if len(self.stores) == 1 and (prefix := self.stores[0]).prefix:
-            count = prefix.verdicts
-            holds, fails = count[Verdict.holds.value], count[Verdict.fails.value]
-            interval = confidence_sequence(holds, holds + fails, unresolved=count[Verdict.unresolved.value])
-        self.progress(Progress(done, total, verdicts, interval, rate, left))
+            verdicts.update(store.verdicts(self.trials))
+        interval = None
+        if len(self.stores) == 1 and (prefix := min(self.stores[0].prefix, self.trials)):
+            count = self.stores[0].verdicts(prefix)
+            holds, fails = count[Verdict.holds.name], count[Verdict.fails.name]
+            interval = confidence_sequence(holds, holds + fails, unresolved=count[Verdict.unresolved.name])
+        self.progress(Progress(done, total, dict(verdicts), interval, rate, left))

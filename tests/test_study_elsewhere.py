@@ -66,7 +66,7 @@ def test_a_worker_that_dies_leaves_a_study_that_goes_on(trial, tmp_path):
 
         with pytest.raises(RuntimeError, match="a worker of the executor died; its trials are run again if you go on"):
             run_study(trial, key=KEY, trials=8 * TRIALS, executor=executor, path=tmp_path, batch=4, progress=kill)
-    done = int(Store(trial, KEY, tmp_path, 8 * TRIALS).have.sum())
+    done = Store(trial, KEY, tmp_path, 8 * TRIALS).done(8 * TRIALS)
     assert 0 < done < 8 * TRIALS
     whole = run_study(trial, key=KEY, trials=8 * TRIALS, path=tmp_path)
     assert same(whole, run_study(trial, key=KEY, trials=8 * TRIALS))

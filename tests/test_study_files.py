@@ -130,6 +130,48 @@ def test_interrupted_study_goes_on(trial, tmp_path, after, ran, monkeypatch):
     assert len(ran) == len(set(ran)) <= 2000 - done[-1]
 
 
+def test_threads_that_outlive_an_interrupted_study_add_nothing_to_it(trial, tmp_path, monkeypatch):
+    """Ctrl-C twice leaves threads behind, whose trials were counted and never saved: `study.nc` had rows of zeros."""
+    watches = []
+    begin = watch.Watch.__init__
+
+    def keep(self, *arguments):
+        begin(self, *arguments)
+        watches.append(self)
+
+    def stop(now):
+        if now.done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.Watch, "__init__", keep)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(trial, key=KEY, trials=400, path=tmp_path, batch=2, progress=stop)
+    (store,) = watches[0].stores
+    there, late = store.done(400), store.missing(400)[:3]
+    whole = run_study(trial, key=KEY, trials=400)
+    record = Record(*(whole[name].values[late] if name in whole else np.zeros(late.size) for name in Record._fields))
+    watches[0].add(0, late, record)
+    store.write()
+    assert store.done(400) == there and load(tmp_path).sizes["trial"] == store.prefix
+    assert same(run_study(trial, key=KEY, trials=400, path=tmp_path), whole)
+
+
+def test_a_trial_that_is_counted_and_in_no_part_is_an_error_and_not_a_row_of_zeros(trial):
+    store = Store(trial, KEY, None, 3)
+    store._count(np.arange(3), {"verdict": np.zeros(3, int)})
+    with pytest.raises(RuntimeError, match="trial 0 has ended and is in no part"):
+        store.rows(0, 3)
+
+
+def test_progress_of_fewer_trials_than_there_are_speaks_of_those(trial, tmp_path):
+    run_study(trial, key=KEY, trials=40, path=tmp_path)
+    calls = []
+    few = run_study(trial, key=KEY, trials=10, path=tmp_path, progress=calls.append)
+    verdicts = few["verdict"].values
+    assert calls[-1].done == calls[-1].trials == 10
+    assert calls[-1].verdicts == {v.name: int(np.sum(verdicts == v.value)) for v in Verdict}
+
+
 def test_a_failing_engine_loses_no_trial(trial, tmp_path, ran, monkeypatch):
     close = engine._close
 
@@ -306,7 +348,7 @@ def test_a_disk_that_is_really_full(trial, tmp_path, monkeypatch):
         ):
             run_study(trial, key=KEY, trials=6000, path=tmp_path)
         kept = Store(trial, KEY, tmp_path, 6000)  # every part is whole
-        assert kept.parts and kept.have.sum() < 6000
+        assert kept.parts and kept.done(6000) < 6000
         subprocess.run(["mount", "-o", "remount,size=30m", str(tmp_path)], check=True)
         assert same(run_study(trial, key=KEY, trials=6000, path=tmp_path), run_study(trial, key=KEY, trials=6000))
     finally:
