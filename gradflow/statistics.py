@@ -204,5 +204,5 @@ def _count(name, value) -> int:
 
 def _check_inside(**numbers) -> None:
     for name, number in numbers.items():
-        if not isinstance(number, Real) or not 0 < number < 1:
+        if not isinstance(number, Real) or not 0 < float(number) < 1:
             raise ValueError(f"{name} must lie strictly between 0 and 1, got {number!r}")
