@@ -272,6 +272,8 @@ def studies(dataset: xr.Dataset) -> list[xr.Dataset]:
 
     **Raises** `ValueError` for a selection that leaves no cell, or no dimension `trial`, and for one laid out anew.
     """
+    if not isinstance(dataset, xr.Dataset):
+        raise ValueError(f"a study or sweep is an xarray.Dataset, such as gradflow.load gives, and not {dataset!r}")
     if "trial" not in dataset.dims or dataset.sizes.get("cell") == 0:
         raise ValueError("this is no study or sweep: keep the dimension trial, such as isel(trial=[3]), and some cell")
     if "cell" in dataset.dims:

@@ -73,6 +73,7 @@ def run_study(
     >>> dataset = run_study(trial, key=jax.random.key(0), trials=64)  # doctest: +SKIP
     """
     folder = None if path is None else pathlib.Path(path)
+    _check_trials([trial])
     (store,) = _run([(trial, _checked(key), folder)], trials, batch, executor, progress)
     return store.dataset(trials)
 
@@ -105,8 +106,11 @@ def run_sweep(
     >>> dataset = run_sweep(cells, key=jax.random.key(0), trials=64)  # doctest: +SKIP
     """
     cells, key = list(cells), _checked(key)
-    if not cells or len(set(cells)) < len(cells):
-        raise ValueError(f"a sweep takes at least one cell, and no two that are equal; got {len(cells)}")
+    _check_trials(cells)
+    if not cells:
+        raise ValueError("a sweep takes at least one cell")
+    if twice := [cell for i, cell in enumerate(cells) if cell in cells[:i]]:
+        raise ValueError(f"the cells of a sweep must differ, and this one comes twice: {twice[0]}")
     folder = None if path is None else pathlib.Path(path)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a directory, and {folder} is a file")
@@ -235,6 +239,12 @@ def _shared_slots(cells: Sequence[Trial], trials: int) -> list[Slots]:
 def _kind(trial: Trial):
     """What the code of a trial's flow and judgement depends on, besides sizes."""
     return trial.loss, type(trial.distribution)
+
+
+def _check_trials(cells) -> None:
+    for cell in cells:
+        if not isinstance(cell, Trial):
+            raise ValueError(f"an experiment is a gradflow.Trial, such as Trial(width=64), and not {cell!r}")
 
 
 def _checked(key):

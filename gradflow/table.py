@@ -41,10 +41,10 @@ def claims(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> list[Clai
 
     In a sweep, statements about one experiment are about its first cell (bounds about those cells where they say
     something), and each of the others about the most cells that it can compare, those with the first if there is a
-    choice. Which cells these are does not depend on the outcome.
+    choice. Which cells these are does not depend on the outcome, and the notes tell.
     """
     check_levels(confidence, delta)
-    first = studies(dataset)[0]
+    first, *others = studies(dataset)
     found = [
         training_succeeds(first, confidence, delta),
         regions_are_bounded(dataset, confidence, delta),
@@ -56,6 +56,11 @@ def claims(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> list[Clai
     ]
     if has_limit(first).any():
         found.append(limit_is_optimal(first, confidence, delta))
+    if others:
+        bounds = ("at most 32r + 67 linear regions", "error within our VC bound")
+        found = [
+            c if c.name in bounds else c._replace(note="; ".join(filter(None, (_title(first), c.note)))) for c in found
+        ]
     if (sizes := family(dataset, all_but("samples"), "samples")) is not None:
         found.append(success_does_not_depend_on_samples(sizes, confidence))
         found.append(error_falls_with_samples(sizes, confidence, 1 - delta))
@@ -101,19 +106,22 @@ def _where(dataset: xr.Dataset, code) -> str:
     """The trials that ended with a status, as `replay` takes them."""
     found = []
     for i, study in enumerate(studies(dataset)):
-        trial = trial_of(study)
-        cell = f" of cell {i} (r = {trial.neurons}, k = {trial.width}, n = {trial.samples})"
+        cell = f" of cell {i} ({_title(study)})"
         numbers = study["trial"].values[study["status"].values == code]
         found += [f"trial {number}{cell if 'cell' in dataset.dims else ''}" for number in numbers]
     return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 
+def _title(study: xr.Dataset) -> str:
+    trial = trial_of(study)
+    return f"r = {trial.neurons}, k = {trial.width}, n = {trial.samples}"
+
+
 def _numbers(study: xr.Dataset) -> list[str]:
     """Medians and 90 % quantiles of what a study found."""
-    trial, certified = trial_of(study), has_limit(study)
+    certified = has_limit(study)
     everywhere = np.ones_like(certified)
-    title = f"r = {trial.neurons}, k = {trial.width}, n = {trial.samples}"
-    lines = [f"{title:<38}{'median':>11}{'90 %':>11}  over"]
+    lines = [f"{_title(study):<38}{'median':>11}{'90 %':>11}  over"]
     for label, name, over in (
         ("linear regions", "regions", certified),
         ("margin over the best", "optimality", certified),
