@@ -15,6 +15,8 @@ from gradflow.distribution import TruncatedNormal as TruncatedNormal
 from gradflow.distribution import Uniform as Uniform
 from gradflow.flow import integrate as integrate
 from gradflow.flow import limit as limit
+from gradflow.influence import Influence as Influence
+from gradflow.influence import influence as influence
 from gradflow.limit import Limit as Limit
 from gradflow.limit import LimitStatus as LimitStatus
 from gradflow.loss import Exponential as Exponential
@@ -27,12 +29,15 @@ from gradflow.outcome import STATUSES as STATUSES
 from gradflow.outcome import Entry as Entry
 from gradflow.outcome import Flow as Flow
 from gradflow.outcome import Path as Path
+from gradflow.outcome import Sensitivity as Sensitivity
 from gradflow.outcome import Status as Status
 from gradflow.outcome import Until as Until
 from gradflow.piecewise import Piecewise as Piecewise
 from gradflow.piecewise import knots as knots
 from gradflow.piecewise import linear_regions as linear_regions
 from gradflow.piecewise import sign_changes as sign_changes
+from gradflow.placement import Placement as Placement
+from gradflow.placement import worst_placement as worst_placement
 from gradflow.record import Record as Record
 from gradflow.record import Verdict as Verdict
 from gradflow.statistics import Estimate as Estimate

@@ -13,7 +13,7 @@ from gradflow.data import Dataset
 from gradflow.network import ReluNetwork
 
 CERTIFIED = 1e-10  # largest relative residual of a certified limit
-_ON = 1e-11  # |u·x̃| over ‖u‖ ‖x̃‖ up to which a breakpoint is on a point: rounding
+ON = 1e-11  # |u·x̃| over ‖u‖ ‖x̃‖ up to which a breakpoint is on a point: rounding
 
 
 def kkt_residual(net: ReluNetwork, data: Dataset, multipliers=None) -> Float[Array, ""]:
@@ -41,7 +41,7 @@ def kkt_residual(net: ReluNetwork, data: Dataset, multipliers=None) -> Float[Arr
     x, force = data.x[None, :], (lam * data.y)[None, :]
     reach = jnp.hypot(1, x)
     inner = net.w[:, None] * x + net.b[:, None]
-    on = jnp.abs(inner) <= _ON * jnp.hypot(net.w, net.b)[:, None] * reach
+    on = jnp.abs(inner) <= ON * jnp.hypot(net.w, net.b)[:, None] * reach
     active = ((inner > 0) & ~on).astype(q.dtype)
     z = jnp.stack([active @ (force * x)[0], active @ force[0]])
     # What u/v still lacks is to come from the points under the breakpoint, which lie in one place.

@@ -55,11 +55,22 @@ class Points(eqx.Module):
         slot = jnp.cumsum(new) - 1
         beyond = x[-1] + (1 + x[-1] - x[0])
         count = jnp.zeros_like(x).at[slot].add(real.astype(x.dtype))
-        first = jnp.zeros_like(x).at[slot].set(y)
-        self.x = jnp.full_like(x, beyond).at[slot].set(x)
-        self.y = jnp.where(count > 0, first, 1)
+        index = jnp.arange(n, dtype=slot.dtype)
+        first = jnp.searchsorted(slot, index)
+        filled = index <= slot[-1]
+        first = jnp.where(filled, first, 0)
+        self.x = jnp.where(filled, x[first], beyond)
+        self.y = jnp.where(count > 0, y[first], 1)
         self.log_count = jnp.log(count)
         self.conflict = jnp.any(~new[1:] & (y[1:] != y[:-1])) if n > 1 else jnp.array(False)
+
+    def spread(self, weights: Float[Array, " n"], data: Dataset) -> Float[Array, " n"]:
+        """Weights of these points in the order of the data that they were made of; equal points share theirs."""
+        each = weights / jnp.where(self.log_count > -jnp.inf, jnp.exp(self.log_count), 1)
+        order = jnp.argsort(data.x)
+        x = data.x[order]
+        slot = jnp.cumsum(jnp.concatenate([jnp.zeros((1,), int), (x[1:] != x[:-1]).astype(int)]))
+        return jnp.where(data.real, jnp.zeros_like(data.x).at[order].set(each[slot]), 0)
 
     @property
     def squared_norm(self) -> Float[Array, " n"]:
@@ -258,8 +269,9 @@ class Field(eqx.Module):
             kept = jax.lax.top_k(c * sites.squares(_moments(net)), self.rank)[1]
         # With G = Q (σI − B)^{−1} D Qᵀ and s = √c: (I + C G)^{−1} C = s (K − e fᵀ (K − I))^{−1} (I − e fᵀ) s, where
         # K = I + s G s, f = c_g/s, e = p_g/(total_g s): Woodbury once more, with 2 × 2.
-        s = jnp.sqrt(c[kept])
-        over = jnp.where(s > 0, 1 / jnp.where(s > 0, s, 1), 0)
+        counts = c[kept] > 0
+        root = jnp.sqrt(jnp.where(counts, c[kept], 1))  # has a derivative where c is 0, too
+        s, over = jnp.where(counts, root, 0), jnp.where(counts, 1 / root, 0)
         f, e = signed_c[:, kept] * over[None], signed_p[:, kept] * over[None]
         matrix = jnp.eye(kept.size, dtype=s.dtype) + s[:, None] * sites.gram(local.response(), kept) * s[None, :]
         solve_matrix = solver_of_positive_definite(matrix)
@@ -315,10 +327,19 @@ def solver_of_positive_definite(matrix: Float[Array, "r r"]):
         rest = jnp.where(here[:, None] | here[None, :], 0, a)
         return rest - factor[:, None] * row[None, :]
 
-    inverse = jax.lax.fori_loop(0, matrix.shape[0], eliminate, matrix)
+    inverse = jax.lax.fori_loop(0, matrix.shape[0], eliminate, jax.lax.stop_gradient(matrix))
 
-    def solve(y):
+    def refined(inverse, matrix, y):
         x = inverse @ y
         return x + inverse @ (y - matrix @ x)
+
+    # Derivatives come from matrix · x = y, not from the elimination.
+    def solve(y):
+        return jax.lax.custom_linear_solve(
+            lambda x: matrix @ x,
+            y,
+            lambda _, y: refined(inverse, jax.lax.stop_gradient(matrix), y),
+            lambda _, y: refined(inverse.T, jax.lax.stop_gradient(matrix).T, y),
+        )
 
     return solve

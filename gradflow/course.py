@@ -17,7 +17,7 @@ from gradflow.hybrid import Problem, State, misalignment
 from gradflow.limit import Candidate, Limit, candidate, judged
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
-from gradflow.outcome import Entry, Flow, Path, Status, Until
+from gradflow.outcome import Entry, Flow, Path, Sensitivity, Status, Until
 from gradflow.rosenbrock import Rodas5P
 from gradflow.slow import no_split
 
@@ -62,8 +62,9 @@ class Course(eqx.Module):
         solvers: tuple[diffrax.AbstractSolver, ...],
         save: int | None,
         max_steps: Int[Array, ""],
+        each: bool = False,
     ) -> "Course":
-        """At time 0. Arguments as in `gradflow.integrate`, checked there."""
+        """At time 0. Arguments as in `gradflow.integrate`, checked there; `each`: derivatives will be asked for."""
         dtype, points = net.w.dtype, Points(data)
         cell = find_cell(net, points.x)
         mode = Mode(cell, jnp.full_like(cell, -1))
@@ -86,6 +87,7 @@ class Course(eqx.Module):
             max_steps,
             loss.log_separated(jnp.asarray(data.samples, dtype)),
             rank,
+            each,
         )
         # Breakpoints that start on a point are decided like those that arrive there.
         start, mode, *_ = update(initial, net, weights, none, none, zero, problem.tolerance(one))
@@ -115,6 +117,7 @@ class Course(eqx.Module):
                 count,
                 count,
                 count,
+                zero,
             )
         )
         path = None if save is None else problem.record(Path.empty(save, net), state, jnp.array(True))
@@ -202,6 +205,7 @@ class Course(eqx.Module):
             rejected=state.rejected,
             events=state.events,
             sliding=sliding(state, problem.points),
+            sensitivity=Sensitivity.not_asked,
             path=path,
             limit=None if self.pursuit is None else self.pursuit.limit,
         )

@@ -32,7 +32,7 @@ class Dataset(eqx.Module):
         y = jnp.asarray(y).astype(x.dtype)
         if x.ndim != 1 or x.shape != y.shape or x.shape[0] == 0:
             raise ValueError(f"x and y must have one shape (n,), n >= 1; got {x.shape} and {y.shape}")
-        if is_concrete(x) and not bool(jnp.isfinite(x).all()):
+        if is_concrete(x) and not np.isfinite(np.asarray(x)).all():  # under jit, JAX would trace it
             raise ValueError(f"some points of x do not fit into {x.dtype}; enable jax_enable_x64 or rescale x")
         self.x, self.y, self.count = x, y, None
 

@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -83,9 +84,11 @@ class TruncatedNormal(Distribution):
         self.mean, self.std, self.low, self.high = _scalars(mean, std, low, high)
         _check_interval(self.low, self.high)
         if is_concrete(self.mean, self.std):
-            if not bool(jnp.isfinite(self.mean) & jnp.isfinite(self.std) & (self.std > 0)):
+            if not (np.isfinite(self.mean) and np.isfinite(self.std) and np.asarray(self.std) > 0):
                 raise ValueError(f"mean must be finite and std positive, got {self.mean} and {self.std}")
-            if is_concrete(self.low, self.high) and not bool(self._mass > 0):
+            with jax.ensure_compile_time_eval():
+                mass = self._mass if is_concrete(self.low, self.high) else 1
+            if not mass > 0:
                 raise ValueError(
                     f"[{self.low}, {self.high}] is so far from mean {self.mean} (std {self.std}) that its "
                     "probability is 0 in floating point; move the interval"
@@ -140,9 +143,10 @@ class Histogram(Distribution):
                 f"got shapes {edges.shape} and {masses.shape}"
             )
         if is_concrete(edges, masses):
-            if not bool(jnp.isfinite(edges).all() & (jnp.diff(edges) > 0).all()):
+            edges_, masses_ = np.asarray(edges), np.asarray(masses)  # under jit, JAX would trace what is asked of them
+            if not (np.isfinite(edges_).all() and (np.diff(edges_) > 0).all()):
                 raise ValueError("edges must be finite and strictly ascending")
-            if not bool(jnp.isfinite(masses).all() & (masses >= 0).all() & (masses.sum() > 0)):
+            if not (np.isfinite(masses_).all() and (masses_ >= 0).all() and masses_.sum() > 0):
                 raise ValueError("masses must be finite, non-negative and not all zero")
         self.edges, self.masses = edges, masses / jnp.sum(masses)
 
@@ -188,5 +192,5 @@ def _scalars(*values):
 
 
 def _check_interval(low, high):
-    if is_concrete(low, high) and not bool(jnp.isfinite(low) & jnp.isfinite(high) & (low < high)):
+    if is_concrete(low, high) and not (np.isfinite(low) and np.isfinite(high) and np.asarray(low) < np.asarray(high)):
         raise ValueError(f"an interval needs finite low < high, got [{low}, {high}]")

@@ -29,14 +29,19 @@ from gradflow.sites import Sites
 NODES = np.linspace(0, 1, 5)  # where a step is sampled: enough for the quartics that Tsit5 and Rodas5P give
 _TO_QUARTIC = np.linalg.inv(np.vander(NODES, 5))
 _SCAN = np.vander(np.linspace(0, 1, 17), 5)
+SHARE = 1e-3  # of rtol, that an event may change a derivative by and not be met
 
 
 class Tolerance(eqx.Module):
-    """What one step may be wrong by: `rtol` and `atol` in the parameters, `margin` in every margin that matters."""
+    """What one step may be wrong by: `rtol` and `atol` in the parameters, `margin` in every margin that matters.
+
+    `each`: every event is met that changes derivatives, too (`sensitivity.py`).
+    """
 
     rtol: Float[Array, ""]
     atol: Float[Array, ""]
     margin: Float[Array, ""]
+    each: bool = eqx.field(static=True)
 
     def reach(self, net: ReluNetwork, points: Points) -> Float[Array, " k"]:
         """How far u_j may be put aside: v_j times that moves no margin by more than a tenth of `margin`.
@@ -52,8 +57,11 @@ class Tolerance(eqx.Module):
 
     @property
     def release(self) -> Float[Array, ""]:
-        """How far μ may be outside [0, 1] at a release: an error in force that lasts as short a time as it is small."""
-        return 0.3 * jnp.sqrt(self.rtol)
+        """How far μ may be outside [0, 1] at a release: an error in force that lasts as short a time as it is small.
+
+        Derivatives are as wrong as that time is long.
+        """
+        return self.rtol if self.each else 0.3 * jnp.sqrt(self.rtol)
 
     def size(self, net: ReluNetwork) -> Float[Array, " k"]:
         return self.atol + self.rtol * jnp.maximum(jnp.hypot(net.w, net.b), jnp.abs(net.v))
@@ -184,7 +192,14 @@ def look_ahead(
     most = jnp.minimum(tolerance.size(last), tolerance.reach(last, points))
     matters |= ~mode.sliding & jnp.any(hit, axis=0) & sticks & (depth > most)
 
+    if tolerance.each:
+        # At a crossing u̇_j jumps by v_j p_i x̃_i, and the change of u_j by as large a share of itself as the speed.
+        speed = jnp.maximum(jnp.abs(sides.inactive), jnp.abs(sides.active))
+        met = jnp.any(hit, axis=0) & (jnp.abs(last.v) * weight > SHARE * tolerance.rtol * speed)
+        matters |= ~mode.sliding & met
     crossing = cross(field, first, last, start, end, step, cell, weight, depth, tolerance.size(last), tolerance.rtol)
+    if tolerance.each:
+        crossing = eqx.tree_at(lambda c: (c.harmless, c.enough), crossing, (~(weight >= 0), jnp.zeros_like(weight)))
     passes = matters & crossing.harmless
     enough = jnp.where(crossing.enough >= jnp.maximum(jnp.min(root, axis=0), 0.05), crossing.enough, 0)
     many = matters & (enough > 0)

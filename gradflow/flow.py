@@ -30,15 +30,17 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow.course import Course, default_solvers
 from gradflow.data import Dataset
 from gradflow.hybrid import FLOAT32_LOG_LOSS
-from gradflow.limit import Limit, LimitStatus
+from gradflow.limit import Limit, LimitStatus, on_data
 from gradflow.loss import Exponential, Loss
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.outcome import Flow, Until
+from gradflow.sensitivity import check_solver, differentiated
 
 
 def integrate(
@@ -94,10 +96,10 @@ def integrate(
     if data.x.dtype != dtype:
         raise ValueError(f"the network is {dtype} and the data {data.x.dtype}: convert one of them")
     for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
-        if jnp.ndim(value) != 0 or (is_concrete(value) and not value > 0):
+        if jnp.ndim(value) != 0 or (is_concrete(value) and not np.asarray(value) > 0):
             raise ValueError(f"{name} must be one positive number, got {value}")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if is_concrete(value) and not value < 1:
+        if is_concrete(value) and not np.asarray(value) < 1:
             raise ValueError(f"{name} must be below 1, got {value}: nothing would be left of the flow")
     if is_concrete(max_steps):
         if max_steps != int(max_steps):
@@ -105,7 +107,7 @@ def integrate(
         max_steps = min(int(max_steps), 2**31 - 1)
     if save is not None and (save != int(save) or save < 2 or save % 2):
         raise ValueError(f"save must be an even number of snapshots, at least 2, got {save}")
-    low = is_concrete(until.log_loss) and -jnp.inf < until.log_loss < FLOAT32_LOG_LOSS
+    low = is_concrete(until.log_loss) and -np.inf < np.asarray(until.log_loss) < FLOAT32_LOG_LOSS
     if dtype == jnp.float32 and (until.certifies or low):
         what = "a certified limit" if until.certifies else f"log loss {until.log_loss}"
         raise ValueError(
@@ -132,6 +134,12 @@ def _max_norm(y) -> Float[Array, ""]:
 
 @eqx.filter_jit
 def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> Flow:
+    return _flow(net, data, until, (rtol, atol), loss=loss, solvers=solvers, save=save, max_steps=max_steps)
+
+
+@eqx.filter_custom_jvp
+def _flow(net, data, until, tolerances, *, loss, solvers, save, max_steps) -> Flow:
+    rtol, atol = tolerances
     course = Course.begin(net, data, loss, until, rtol, atol, solvers, save, max_steps)
     if not until.certifies:
         return course.follow().flow()
@@ -143,19 +151,57 @@ def _integrate(net, data, loss, until, rtol, atol, solvers, save, max_steps) -> 
     return eqx.combine(jax.lax.while_loop(lambda moving: ~moving.over, round_, moving), fixed).flow()
 
 
+@_flow.def_jvp
+def _flow_jvp(primals, tangents, *, loss, solvers, save, max_steps):
+    net, data, until, (rtol, atol) = primals
+    seed_net, seed_data, seed_until, seed_tolerances = tangents
+    fixed = (seed_data.y, seed_until.log_loss, seed_until.norm, seed_until.settled, seed_tolerances)
+    if jax.tree.leaves(fixed):
+        raise ValueError(
+            "derivatives of a flow are by the initial parameters, the inputs x and until.time, and by nothing else"
+        )
+    if until.certifies:
+        flow = _flow(*primals, loss=loss, solvers=solvers, save=save, max_steps=max_steps)
+        # It ends with a step, which is no differentiable function of anything; its limit is.
+        changes = [jnp.sum(leaf) for leaf in jax.tree.leaves((seed_net, seed_data.x))]
+        out = jax.tree.map(
+            lambda a: jnp.nan * sum(changes) * jnp.ones_like(a) if eqx.is_inexact_array(a) else None, flow
+        )
+        _, change = eqx.filter_jvp(on_data, (flow.limit, data), (jax.tree.map(lambda _: None, flow.limit), seed_data))
+        return flow, eqx.tree_at(lambda f: f.limit, out, change)
+    if not until.timed:
+        raise ValueError(
+            "a flow is differentiated at a time, Until(time=...), or in its limit, Until(): where another condition is "
+            "met has no derivative"
+        )
+    for solver in solvers:
+        check_solver(solver)
+    course = Course.begin(net, data, loss, until, rtol, atol, solvers, save, max_steps, each=True)
+    zero = jnp.zeros_like(net.w[0])
+    return differentiated(
+        course,
+        jax.tree.map(lambda a, b: jnp.zeros_like(a) if b is None else b, net, seed_net, is_leaf=lambda x: x is None),
+        jnp.zeros_like(data.x) if seed_data.x is None else seed_data.x,
+        zero if seed_until.time is None else seed_until.time.astype(zero.dtype),
+    )
+
+
 def limit(flow: Flow, data: Dataset, loss: Loss | None = None) -> Limit:
     """The limit direction of a flow on `data`: `flow.limit`, or if it has none, that of going on from its end.
+
+    It can be differentiated by `data.x`, in both modes, through the KKT conditions that it satisfies (`implicit.py`);
+    by the initialisation its derivative is 0, and it is NaN where there is none.
 
     **Arguments** `flow`: what `integrate` returned; `loss`: the loss it was made with (default exponential), for going
     on. **Returns** a `Limit`, under jit and vmap too: failure is its `status`.
 
     **Raises** `ValueError` in float32, where 1e-10 is out of reach.
     """
-    if flow.limit is not None:
-        return flow.limit
-    # A flow that stopped before all points were classified is not followed any further in the hope that they will be.
-    found = integrate(flow.final, data, loss, max_steps=jnp.where(flow.separated, 200_000, 1)).limit
-    assert found is not None  # as Until() asks for it
-    return eqx.tree_at(
-        lambda f: f.status, found, LimitStatus.where(flow.separated, found.status, LimitStatus.not_separated)
-    )
+    found, flow, still = flow.limit, *jax.tree.map(jax.lax.stop_gradient, eqx.filter((flow, data), eqx.is_array))
+    if found is None:
+        # A flow that stopped before all points were classified is not followed any further in the hope that they will.
+        found = integrate(flow.final, still, loss, max_steps=jnp.where(flow.separated, 200_000, 1)).limit
+        assert found is not None  # as Until() asks for it
+        status = LimitStatus.where(flow.separated, found.status, LimitStatus.not_separated)
+        found = eqx.tree_at(lambda f: f.status, found, status)
+    return on_data(jax.tree.map(jax.lax.stop_gradient, found), data)

@@ -22,6 +22,7 @@ from gradflow.rosenbrock import Rodas5P
 from gradflow.slow import Slow, forever
 
 _MARGIN = 1e-3  # error allowed in one step in a margin whose sample matters
+_FINER = 1e3  # times rtol, if that is less
 FLOAT32_LOG_LOSS = -50.0  # past it, float32 cannot resolve the direction: margins of 50 and their differences in p
 _SMALL = 66  # positions in the Jacobian up to which the stiff solver takes all steps: no dearer there in a batch
 _NEGLIGIBLE = 0.02  # step times the norm of what the Jacobian leaves out, for the stiff solver to be used
@@ -52,6 +53,7 @@ class State(eqx.Module):
     accepted: Int[Array, ""]
     rejected: Int[Array, ""]
     events: Int[Array, ""]
+    taken: Float[Array, ""]  # the length of the last accepted step
 
 
 class Problem(eqx.Module):
@@ -68,6 +70,7 @@ class Problem(eqx.Module):
     max_steps: Int[Array, ""]
     log_separated: Float[Array, ""]
     rank: int = eqx.field(static=True)
+    each: bool = eqx.field(static=True)  # derivatives are asked for: every event is met, and no slow phase held
 
     def separates(self, log_loss: Float[Array, ""]) -> Bool[Array, ""]:
         """Whether the loss proves all margins positive, beyond rounding: with one dead point, q = 0, and all others
@@ -82,7 +85,12 @@ class Problem(eqx.Module):
         """What a step may be wrong by. An error δq of the margins puts forces wrong by up to δq of the largest: it must
         stay small against what they add up to, which is little near a stationary point.
         """
-        return Tolerance(self.rtol, self.atol, _MARGIN * jnp.minimum(1, 200 * pace))
+        return Tolerance(self.rtol, self.atol, self.margin_tolerance * jnp.minimum(1, 200 * pace), self.each)
+
+    @property
+    def margin_tolerance(self) -> Float[Array, ""]:
+        """What one step may make of a margin whose sample matters: forces are wrong by as much, relatively."""
+        return jnp.minimum(_MARGIN, _FINER * self.rtol)
 
     def attempt(self, state: State) -> State:
         """One step attempt: rejected for its error, rejected to try for an event again, or accepted up to one."""
@@ -144,6 +152,7 @@ class Problem(eqx.Module):
             jnp.where(accept, state.accepted + 1, state.accepted),
             jnp.where(accept, state.rejected, state.rejected + 1),
             jnp.where(accept, state.events + events, state.events),
+            jnp.where(accept, step * taken, state.taken),
         )
         return self.judge(state)
 
@@ -167,12 +176,16 @@ class Problem(eqx.Module):
 
             return branch
 
+        return self.by_solver(field, state.net, weights, step, run)
+
+    def by_solver(self, field: Field, net: ReluNetwork, weights: Weights, step, run):
+        """`run(solver)()` of the solver that fits a step from `net`."""
         if len(self.solvers) == 1:
             return run(self.solvers[0])()
         explicit, stiff = self.solvers
         if field.spread <= _SMALL:
             return run(stiff)()
-        stiffness, neglected = field.stiffness(state.net, weights)
+        stiffness, neglected = field.stiffness(net, weights)
         return jax.lax.cond((step * stiffness > 1) & (step * neglected <= _NEGLIGIBLE), run(stiff), run(explicit))
 
     @property
@@ -194,7 +207,7 @@ class Problem(eqx.Module):
         sizes.append(clock_error / (tolerance.atol + tolerance.rtol * jnp.maximum(state.clock, clock)))
         share = jnp.minimum(1, end.p * jnp.sum(jnp.exp(self.points.log_count)))
         change = jnp.abs(field.respond(new, error))
-        margins = jnp.max(change * share) / (_MARGIN * jnp.minimum(1, 300 * state.pace))
+        margins = jnp.max(change * share) / (self.margin_tolerance * jnp.minimum(1, 300 * state.pace))
         ratio = jnp.max(jnp.stack([*sizes, margins]))
         noise = jnp.maximum(jnp.sum(end.c * change * jnp.sqrt(self.points.squared_norm)), 0.5 * state.noise)
         return jnp.where(jnp.isnan(ratio), jnp.inf, ratio), noise
@@ -242,7 +255,7 @@ class Problem(eqx.Module):
             ),
         ):
             status = Status.where(condition, outcome, status)
-        slow = state.slow.after_step(weights.log_p, jnp.where(separated, 1, pace))
+        slow = state.slow if self.each else state.slow.after_step(weights.log_p, jnp.where(separated, 1, pace))
         rise = jnp.maximum(state.rise, weights.log_loss - state.log_loss)
         smoothed = self.loss.inverse(weights.log_loss - self.log_separated + self.loss.log_at_zero) / rho**2
         entered = ~jnp.isnan(state.entry.time)

@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gradflow.certificate import CERTIFIED, kkt_residual
 from gradflow.clarke import Points, active_cell, find_cell, inactive_cell
 from gradflow.data import Dataset
+from gradflow.implicit import moved
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots, linear_regions
 from gradflow.program import Cones, Solution, neurons_held, solve
@@ -63,7 +64,8 @@ class LimitStatus(eqx.Enumeration):
         "if it has stalled, take it as training that failed."
     )
     not_stationary = (
-        "The program's solution misses the KKT conditions by more than 1e-10: integrate to a lower loss and try again."
+        "The program's solution misses the KKT conditions by more than 1e-10: integrate to a lower loss and try again. "
+        "(Or these are not the data that the flow was of.)"
     )
     not_settled = (
         "Two states of the flow, with ρ² ten times apart, gave different limits: integrate to a lower loss and try "
@@ -92,6 +94,9 @@ class Limit(eqx.Module):
     - `resolution`: 1e-10 of the length of the data, within which two breakpoints are one;
     - `disagreement`: relative difference between `value` and that from the earlier state of the flow;
     - `certified`: that the function N* is the limit; `status`.
+
+    `network`, `multipliers`, `value` and what is made of them can be differentiated by the inputs (`implicit.py`): a
+    limit that is certified stays where it is when the initialisation moves a little.
     """
 
     network: ReluNetwork
@@ -134,6 +139,29 @@ class Limit(eqx.Module):
             f"{int(jnp.sum(self.multipliers > 1e-12 * jnp.sum(self.multipliers)))} support vectors\n"
             f"  KKT residual {self.residual:.1e}, two states differ by {self.disagreement:.1e}"
         )
+
+
+@eqx.filter_custom_jvp
+def on_data(found: Limit, data: Dataset) -> Limit:
+    """`found` as the limit on `data`, of which it is a differentiable function: a KKT point of (P) there, or its status
+    says that it is none.
+    """
+    residual = kkt_residual(found.network, data, found.multipliers)
+    holds = (residual <= CERTIFIED) | ~found.certified
+    status = LimitStatus.where(holds, found.status, LimitStatus.not_stationary)
+    return eqx.tree_at(lambda f: (f.residual, f.status), found, (jnp.where(holds, found.residual, residual), status))
+
+
+@on_data.def_jvp
+def _on_data_jvp(primals, tangents):
+    (found, data), (_, seed) = primals, tangents
+    found, constant = on_data(found, data), jax.tree.map(lambda _: None, found)
+    if seed.x is None:
+        return found, constant
+    change = moved(found.network, found.multipliers, jnp.where(found.certified, found.residual, jnp.inf), data, seed.x)
+    return found, eqx.tree_at(
+        lambda f: (f.network, f.multipliers, f.value), constant, change, is_leaf=lambda leaf: leaf is None
+    )
 
 
 class Candidate(eqx.Module):
@@ -269,12 +297,7 @@ def _candidate(net: ReluNetwork, sliding, data: Dataset, points: Points, size: i
     start = (jnp.zeros((), int), q, wanted, (ReluNetwork(blank, blank, blank), jnp.zeros_like(points.x)))
     *_, (network, shares) = jax.lax.while_loop(goes_on, exchange, start)
     network = jax.tree.map(lambda a: jnp.pad(a, (0, _width(data.x.shape[0]) - width)), network)
-    # Points that occur several times share their multiplier.
-    shares = shares / jnp.where(real, jnp.exp(points.log_count), 1)
-    order = jnp.argsort(data.x)
-    sorted_x = data.x[order]
-    slot = jnp.cumsum(jnp.concatenate([jnp.zeros((1,), int), (sorted_x[1:] != sorted_x[:-1]).astype(int)]))
-    multipliers = jnp.where(data.real, jnp.zeros_like(data.x).at[order].set(shares[slot]), 0)
+    multipliers = points.spread(shares, data)
     return Candidate(network, multipliers, kkt_residual(network, data, multipliers), raw)
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow.clarke import Points
 from gradflow.data import Dataset
+from gradflow.implicit import moved
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots
 from gradflow.program import lower_bound, neurons_held, solve
@@ -38,12 +39,14 @@ class Optimum(eqx.Module):
     - `network`: attains it, with minimum margin 1, balanced and zero-padded;
     - `value`: ½‖θ*‖² = 1/(2γ*), of `network`;
     - `lower_bound`: on ½‖θ‖² of any network with margins ≥ 1, by duality;
+    - `multipliers` λ (n,), in the order of the data: what the bound is made of;
     - `margin`: γ*.
     """
 
     network: ReluNetwork
     value: Float[Array, ""]
     lower_bound: Float[Array, ""]
+    multipliers: Float[Array, " n"]
 
     @property
     def margin(self) -> Float[Array, ""]:
@@ -73,7 +76,10 @@ class Optimum(eqx.Module):
 def max_margin(data: Dataset) -> Optimum:
     """The network of any width with the largest min_i y_i N(x_i)/‖θ‖², and a proof of how far from it it may be.
 
-    Works under jit and vmap. **Raises** `ValueError` in float32, where the proof is out of reach.
+    Works under jit and vmap, and can be differentiated by `data.x`: as the closed form, where that is the optimum, and
+    else through the optimality conditions (`implicit.py`); NaN where it is not proved.
+
+    **Raises** `ValueError` in float32, where the proof is out of reach.
     """
     if data.x.dtype != jnp.float64:
         raise ValueError("the maximum margin needs float64: call jax.config.update('jax_enable_x64', True) first")
@@ -82,21 +88,50 @@ def max_margin(data: Dataset) -> Optimum:
 
 @eqx.filter_jit
 def _max_margin(data: Dataset) -> Optimum:
+    return _optimum(data)
+
+
+@eqx.filter_custom_jvp
+def _optimum(data: Dataset) -> Optimum:
     points = Points(data)
-    real = points.log_count > -jnp.inf
-    by_program, bound = _program(points, real)
-    n = points.x.shape[0]
-    if n < 4:
-        return Optimum(by_program, 0.5 * by_program.squared_norm, bound)
-    closed = closed_form(points.x, points.y, real)
-    switches = jnp.sum(real[1:] & (points.y[1:] != points.y[:-1]))
+    by_program, bound, shares = _program(points, points.log_count > -jnp.inf)
+    multipliers = points.spread(shares, data)
+    if points.x.shape[0] < 4:
+        return Optimum(by_program, 0.5 * by_program.squared_norm, bound, multipliers)
+    closed, applies = _closed(points)
     width = max(closed.width, by_program.width)
+    network = jax.tree.map(lambda a, b: jnp.where(applies, a, b), _padded(closed, width), _padded(by_program, width))
+    return Optimum(network, 0.5 * network.squared_norm, bound, multipliers)
 
-    def padded(net):
-        return jax.tree.map(lambda a: jnp.pad(a, (0, width - a.shape[0])), net)
 
-    network = jax.tree.map(lambda a, b: jnp.where(switches >= 3, a, b), padded(closed), padded(by_program))
-    return Optimum(network, 0.5 * network.squared_norm, bound)
+@_optimum.def_jvp
+def _optimum_jvp(primals, tangents):
+    (data,), (seed,) = primals, tangents
+    found = _optimum(data)
+    residual = jnp.where(found.proved, 0, jnp.inf)
+    network, multipliers, value = moved(found.network, found.multipliers, residual, data, seed.x)
+    bound = value
+    if data.x.shape[0] >= 4:
+        (closed, applies), (change, _) = eqx.filter_jvp(
+            lambda x: _closed(Points(eqx.tree_at(lambda d: d.x, data, x))), (data.x,), (seed.x,)
+        )
+        # NaN where the conditions have no derivative: there the formula goes on, but for other data.
+        change = jax.tree.map(lambda a: a + 0 * value, _padded(change, found.network.width))
+        network = jax.tree.map(lambda a, b: jnp.where(applies, a, b), change, network)
+        pairs = zip(jax.tree.leaves(closed), jax.tree.leaves(change), strict=True)
+        value = jnp.where(applies, sum(jnp.sum(a * b[: closed.width]) for a, b in pairs), value)
+    return found, Optimum(network, value, bound, multipliers)
+
+
+def _padded(net: ReluNetwork, width: int) -> ReluNetwork:
+    return jax.tree.map(lambda a: jnp.pad(a, (0, width - a.shape[0])), net)
+
+
+def _closed(points: Points) -> tuple[ReluNetwork, Bool[Array, ""]]:
+    """The closed form, and whether it applies."""
+    real = points.log_count > -jnp.inf
+    switches = jnp.sum(real[1:] & (points.y[1:] != points.y[:-1]))
+    return closed_form(points.x, points.y, real), switches >= 3
 
 
 def closed_form(x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, " n"]) -> ReluNetwork:
@@ -132,15 +167,15 @@ def closed_form(x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, 
     return ReluNetwork(*(jnp.concatenate([r, m]) for r, m in zip(right, mirrored, strict=True)))
 
 
-def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Float[Array, ""]]:
-    """The program's network, with margins of at least 1 on all points, and its lower bound."""
+def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Float[Array, ""], Float[Array, " n"]]:
+    """The program's network, with margins of at least 1 on all points, its lower bound and its multipliers."""
     n = points.x.shape[0]
     first, *larger = sorted({min(n, size) for size in _SIZES})
     width = neurons_held(max([first, *larger]) + 1)
 
     def solved(size, wanted):
-        net, bound = _on_some(points, real, size, wanted)
-        return jax.tree.map(lambda a: jnp.pad(a, (0, width - a.shape[0])), net), bound
+        net, bound, lam = _on_some(points, real, size, wanted)
+        return _padded(net, width), bound, lam
 
     def open_(found):
         return ~(found[1] >= (1 - _EXACT) * 0.5 * found[0].squared_norm)
@@ -156,7 +191,7 @@ def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Floa
     return found
 
 
-def _on_some(points: Points, real: Bool[Array, " n"], size: int, wanted) -> tuple[ReluNetwork, Float[Array, ""]]:
+def _on_some(points: Points, real: Bool[Array, " n"], size: int, wanted):
     """The program on `size` points at a time, with those exchanged that turn out to matter."""
     x, y = points.x, points.y
     n = x.shape[0]
@@ -187,9 +222,17 @@ def _on_some(points: Points, real: Bool[Array, " n"], size: int, wanted) -> tupl
         least = jnp.min(q)
         net = net.scaled(1 / jnp.sqrt(jnp.where(least > 0, least, jnp.nan)))
         bound = lower_bound(xs, ys, jnp.where(some, solution.multipliers, 0))
-        return round_ + 1, priority, ~(least >= 1 - _EXACT) & (n > size), net, bound
+        lam = jnp.where(real, lam, 0)
+        return round_ + 1, priority, ~(least >= 1 - _EXACT) & (n > size), net, bound, lam
 
     blank = jnp.zeros((neurons_held(size + 1),), x.dtype)
-    start = (jnp.zeros((), int), priority, wanted, ReluNetwork(blank, blank, blank), jnp.zeros((), x.dtype))
-    *_, net, bound = jax.lax.while_loop(goes_on, exchange, start)
-    return net, bound
+    start = (
+        jnp.zeros((), int),
+        priority,
+        wanted,
+        ReluNetwork(blank, blank, blank),
+        jnp.zeros((), x.dtype),
+        jnp.zeros_like(x),
+    )
+    *_, net, bound, lam = jax.lax.while_loop(goes_on, exchange, start)
+    return net, bound, lam

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.limit import Limit
@@ -55,6 +56,32 @@ STATUSES = (
 )
 
 
+class Sensitivity(eqx.Enumeration):
+    """Whether the end of a flow can be differentiated; where not, derivatives are NaN. Printing a value gives its
+    sentence.
+    """
+
+    not_asked = "No derivative was asked for."
+    exists = "The derivative exists, and is computed."
+    grazes = (
+        "A breakpoint touched a data point at a speed of almost 0: the time of that has no derivative. Move the "
+        "initialisation or the data a little."
+    )
+    undecided = (
+        "A breakpoint came to a data point on the verge between sticking to it and passing it: derivatives differ on "
+        "the two sides. Move the initialisation or the data a little."
+    )
+    starts_on_point = (
+        "A breakpoint starts on a data point: derivatives differ on the two sides. Move the initialisation a little."
+    )
+    ends_on_event = (
+        "A breakpoint meets a data point at the very end of the flow: derivatives differ on the two sides. Ask for a "
+        "little more or less time."
+    )
+    ended_otherwise = "The flow did not end at the time that `until` asked for: see its status."
+    too_long = "The flow took more accepted steps than can be gone back over: 1,048,576. Ask for less time."
+
+
 _SETTLED = 0.3  # 1, 0.3, 0.1 and 0.02 give the same limits (`benchmarks/limits.py`), and later takes more steps
 
 
@@ -73,21 +100,23 @@ class Until(eqx.Module):
     norm: Float[Array, ""]
     settled: Float[Array, ""]
     certifies: bool = eqx.field(static=True)
+    timed: bool = eqx.field(static=True)  # whether a time was given
 
     def __init__(self, time=None, log_loss=None, norm=None, *, settled=None):
         if settled is not None and not (time is None and log_loss is None and norm is None):
             raise ValueError("`settled` is used only without time, log_loss and norm: give one or the other")
         self.certifies = time is None and log_loss is None and norm is None
+        self.timed = time is not None
         self.time = jnp.asarray(jnp.inf if time is None else time, float)
         self.log_loss = jnp.asarray(-jnp.inf if log_loss is None else log_loss, float)
         self.norm = jnp.asarray(jnp.inf if norm is None else norm, float)
         self.settled = jnp.asarray((_SETTLED if settled is None else settled) if self.certifies else -1.0, float)
         for name in ("time", "log_loss", "norm", "settled"):
             value = getattr(self, name)
-            if value.ndim != 0 or (is_concrete(value) and bool(jnp.isnan(value))):
+            if value.ndim != 0 or (is_concrete(value) and np.isnan(np.asarray(value))):
                 raise ValueError(f"until.{name} must be one number, got {value}")
         for name, given in (("time", time), ("norm", norm), ("settled", settled)):
-            if given is not None and is_concrete(getattr(self, name)) and not getattr(self, name) >= 0:
+            if given is not None and is_concrete(getattr(self, name)) and not np.asarray(getattr(self, name)) >= 0:
                 raise ValueError(f"until.{name} must not be negative, got {given}; a log loss is `log_loss`")
 
 
@@ -157,6 +186,7 @@ class Flow(eqx.Module):
     - `steps`, `rejected`: accepted and rejected step attempts;
     - `events`: how often a breakpoint crossed a data point, stuck to one or came off one;
     - `sliding` (k,): the data point that each neuron's breakpoint sticks to at the end, NaN for none;
+    - `sensitivity`: whether derivatives of its end exist, where they were asked for (`integrate`);
     - `path`: snapshots if `save` asked for them, else `None`;
     - `limit`: the limit of its direction, if `until` asked for that, else `None` (`gradflow.limit` finds it).
     """
@@ -177,6 +207,7 @@ class Flow(eqx.Module):
     rejected: Int[Array, ""]
     events: Int[Array, ""]
     sliding: Float[Array, " k"]
+    sensitivity: Sensitivity
     path: Path | None
     limit: Limit | None
 

@@ -86,8 +86,9 @@ class Sites(eqx.Module):
         safe = jnp.where(mass > 0, mass, 1)
         mean = collect(weight * self.x) / safe
         offset = self.x - mean[home]
-        deviation = jnp.sqrt(collect(weight * offset**2) / safe)
-        spread = jnp.where(deviation > 0, deviation, 1)
+        variance = collect(weight * offset**2) / safe
+        spread = jnp.sqrt(jnp.where(variance > 0, variance, 1))
+        deviation = jnp.where(variance > 0, spread, 0)
         total = jax.vmap(collect)(vectors)
         tilt = jnp.where((deviation > 0)[None], jax.vmap(collect)(vectors * offset[None]) / spread[None], 0)
 

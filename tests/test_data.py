@@ -163,3 +163,16 @@ def test_a_sample_may_be_padded():
     assert plain.samples == 6 and int(padded.samples) == 6
     with pytest.raises(ValueError, match="at most 8"):
         teacher.sample(jax.random.key(1), 9, slots=8)
+
+
+def test_constants_may_be_used_inside_jit():
+    """JAX traces even what is asked of constants there."""
+    x, y, half = jnp.linspace(-1.0, 1.0, 8), jnp.ones(8), jnp.asarray(0.5)
+
+    @jax.jit
+    def inside(a):
+        until = gf.Until(time=half)
+        wide, bars = gf.TruncatedNormal(std=half), gf.Histogram(x, jnp.ones(7))
+        return a + gf.Dataset(x, y).x[0] + wide.low + bars.edges[0] + until.time
+
+    assert float(inside(1.0)) == pytest.approx(1 - 1 - 2 - 1 + 0.5)

@@ -15,13 +15,14 @@ PACKAGE = Path(gradflow.__file__).parent
 # A module may import from those before it.
 ORDER = (
     "network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock "
-    "program certificate limit outcome hybrid course flow descent optimum theory record trial lane engine statistics "
+    "program certificate implicit limit outcome hybrid course trace saltation sensitivity flow descent optimum "
+    "influence placement theory record trial lane engine statistics "
     "archive store watch dispatch study claim scaling table design plot sweep_plot __main__"
 ).split()
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 ROOMS = {
-    "diffrax": {"course", "flow", "hybrid", "rosenbrock"},
-    "optax": {"descent"},
+    "diffrax": {"course", "flow", "hybrid", "rosenbrock", "sensitivity"},
+    "optax": {"descent", "placement"},
     "h5netcdf": {"archive"},
     "h5py": {"archive"},
     "xarray": {"archive", "store", "study", "claim", "scaling", "table", "sweep_plot"},

@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import gradflow
@@ -30,6 +31,15 @@ def test_what_else_a_flow_can_do(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "flow.png").exists()
     out = capsys.readouterr().out
     assert "ReluNetwork(" in out and "Reached what `until` asked for." in out
+
+
+@pytest.mark.slow
+def test_derivatives(capsys):
+    setup = "".join(line + "\n" for line in EXAMPLES[0].splitlines()[:4])
+    names = {"__name__": "readme"}
+    exec(compile(setup + EXAMPLES[3], "README.md", "exec"), names)
+    assert jax.numpy.isfinite(names["by_x"]).all() and float(names["worst"].ratio) >= 1
+    assert "nan" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,389 @@
+"""Derivatives through crossings, slides, releases and the limit, against differences of flows and of limits."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import gradflow as gf
+from gradflow import sensitivity
+from gradflow.implicit import moved
+
+TIGHT = 1e-11  # of the flows that differences are taken of
+FINE = 1e-10  # of those that are differentiated
+
+
+def problem(seed, width=8, samples=16, frequency=5.0):
+    """Inputs of labels that change often: breakpoints cross, stick and come off."""
+    x = jnp.sort(jr.uniform(jr.key(seed + 100), (samples,), minval=-1, maxval=1))
+    y = jnp.where(jnp.sin(frequency * x + seed) > 0, 1.0, -1.0)
+    return gf.ReluNetwork.random(jr.key(seed), width), x, y
+
+
+def ends(net, x, time, y, tolerance=FINE):
+    """What can be differentiated of a flow, one number that cannot, and the flow."""
+    flow = gf.integrate(net, gf.Dataset(x, y), until=gf.Until(time=time), rtol=tolerance, atol=tolerance)
+    angle = jnp.arctan(flow.residual)
+    return (*jax.tree.leaves(flow.final), flow.log_loss, flow.margin, flow.log_time, angle, flow.rise), flow
+
+
+def flat(tree):
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def directions(net, x, key, count):
+    """`count` directions of the network (relative), the inputs and the time."""
+    a, b, c = jr.split(key, 3)
+    parts = [
+        leaf[None] * jr.normal(k, (count, leaf.size))
+        for k, leaf in zip(jr.split(a, 3), (net.w, net.b, net.v), strict=True)
+    ]
+    return gf_batch(*parts), 0.1 * jr.normal(b, (count, x.size)), jr.normal(c, (count,))
+
+
+def gf_batch(w, b, v):
+    return jax.vmap(gf.ReluNetwork)(w, b, v)
+
+
+@eqx.filter_jit
+def differences(net, x, time, y, seeds, step):
+    """Richardson's extrapolation of central differences, its distance from the plain ones, and events counted."""
+
+    def at(seed, h):
+        moved = jax.tree.map(lambda a, d: a + h * d, (net, x, time), seed)
+        out, flow = ends(*moved, y, TIGHT)
+        return flat(out), flow.events
+
+    values, events = jax.vmap(lambda seed: jax.vmap(lambda h: at(seed, h))(jnp.array([1, -1, 0.5, -0.5]) * step))(seeds)
+    wide = (values[:, 0] - values[:, 1]) / (2 * step)
+    near = (values[:, 2] - values[:, 3]) / step
+    return (4 * near - wide) / 3, near, events
+
+
+@eqx.filter_jit
+def forward(net, x, time, y, seeds):
+    def one(seed):
+        (_, flow), (change, _) = jax.jvp(lambda *a: ends(*a, y), (net, x, time), seed)
+        return flat(change), flow
+
+    return jax.vmap(one)(seeds)
+
+
+@eqx.filter_jit
+def backward(net, x, time, y, weights):
+    """Gradients of weighted sums of the ends."""
+
+    def one(weight):
+        return jax.grad(lambda *a: flat(ends(*a, y)[0]) @ weight, argnums=(0, 1, 2))(net, x, time)
+
+    return jax.vmap(one)(weights)
+
+
+def compare(seed, time, count, step=1e-4, **sizes):
+    """Errors of derivatives in `count` directions, relative to the largest in each direction; whether each difference
+    tells that much; and how many events the flow had.
+    """
+    net, x, y = problem(seed, **sizes)
+    seeds = directions(net, x, jr.key(1000 + seed), count)
+    time = jnp.asarray(time)
+    exact, near, events = differences(net, x, time, y, seeds, step)
+    found, flow = forward(net, x, time, y, seeds)
+    assert np.isnan(found[:, -1]).all()
+    exact, near, found = exact[:, :-1], near[:, :-1], found[:, :-1]
+    assert np.all(flow.sensitivity == gf.Sensitivity.exists), flow.sensitivity
+    size = np.abs(exact).max(axis=1, keepdims=True)
+    told = np.all(events == events[:, :1], axis=1) & (np.abs(exact - near).max(axis=1) <= 1e-4 * size[:, 0])
+    errors = (np.abs(found - exact) / size).max(axis=1)
+    weights = jr.normal(jr.key(2000 + seed), (2, exact.shape[1]))
+    gradients = backward(net, x, time, y, jnp.pad(weights, ((0, 0), (0, 1))))
+    by_gradient = sum(
+        jnp.einsum("gp,dp->gd", g.reshape(len(weights), -1), d.reshape(count, -1))
+        for g, d in zip(jax.tree.leaves(gradients), jax.tree.leaves(seeds), strict=True)
+    )
+    by_change = weights @ found.T
+    np.testing.assert_allclose(by_gradient, by_change, rtol=1e-9, atol=1e-9 * np.abs(by_change).max())
+    return errors, told, int(events[0, 0])
+
+
+@pytest.mark.parametrize("seed, time", [(0, 0.02), (1, 20.0)])
+def test_derivatives_agree_with_differences_of_flows(seed, time):
+    errors, told, events = compare(seed, time, 6)
+    assert told.all() and errors.max() <= 1e-6
+    assert events == 0 if time < 1 else events > 10
+
+
+@pytest.mark.slow
+def test_a_thousand_directions_through_up_to_a_hundred_events():
+    counts, every = [], []
+    for seed in range(50):
+        sizes = {} if seed % 2 else {"width": 20, "samples": 30, "frequency": 8.0}
+        errors, told, events = compare(seed, float(0.01 * 10 ** (3.3 * seed / 49)), 20, **sizes)
+        print(
+            f"{seed}: {events} events, largest error {errors.max():.1e}, {told.sum()} of 20 differences tell that much"
+        )
+        every.append(np.where(told, errors, np.nan))
+        counts.append(events)
+    assert min(counts) == 0 and max(counts) >= 100
+    assert np.nanmax(every) <= 1e-6 and np.isnan(every).mean() <= 0.02
+
+
+def test_without_jumps_derivatives_are_wrong(monkeypatch):
+    """What every adjoint does that knows nothing of events."""
+    net, x, y = problem(1)
+    seeds = directions(net, x, jr.key(0), 6)
+    right, _ = forward(net, x, jnp.asarray(3.0), y, seeds)
+    monkeypatch.setattr(sensitivity, "jump", lambda problem, before, after, change, x: change)
+    eqx.clear_caches()
+    jax.clear_caches()
+    wrong, _ = forward(net, x, jnp.asarray(3.0), y, seeds)
+    right, wrong = right[:, :-1], wrong[:, :-1]
+    assert np.abs(wrong - right).max() > 0.05 * np.abs(right).max()
+    monkeypatch.undo()
+    eqx.clear_caches()
+    jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_long_flows_are_gone_over_in_stretches(monkeypatch):
+    net, x, y = problem(1)
+    seeds, weights = directions(net, x, jr.key(0), 6), jr.normal(jr.key(1), (2, 29)).at[:, -1].set(0)
+    expected = forward(net, x, jnp.asarray(3.0), y, seeds)[0], backward(net, x, jnp.asarray(3.0), y, weights)
+    monkeypatch.setattr(sensitivity, "SLOTS", 32)
+    eqx.clear_caches()
+    jax.clear_caches()
+    found, flow = forward(net, x, jnp.asarray(3.0), y, seeds)
+    again = backward(net, x, jnp.asarray(3.0), y, weights)
+    assert int(flow.steps[0]) > 4 * 32
+    found, first = found[:, :-1], expected[0][:, :-1]
+    np.testing.assert_allclose(found, first, rtol=1e-7, atol=1e-7 * np.abs(found).max())
+    np.testing.assert_allclose(flat(again), flat(expected[1]), rtol=1e-7, atol=1e-7 * np.abs(flat(again)).max())
+    monkeypatch.undo()
+    eqx.clear_caches()
+    jax.clear_caches()
+
+
+# --- where there is no derivative -----------------------------------------------------------------------------------
+
+
+def status_and_change(net, x, y, time, seed=None):
+    """The status, and changes in six directions, by the program that the tests above have compiled."""
+    seeds = directions(net, x, jr.key(0), 6) if seed is None else seed
+    change, flow = forward(net, x, jnp.asarray(time), y, seeds)
+    return gf.Sensitivity[jax.tree.map(lambda a: a[0], flow.sensitivity)], change
+
+
+def test_a_breakpoint_that_starts_on_a_point():
+    net, x, y = problem(1)
+    net = eqx.tree_at(lambda n: n.b, net, net.b.at[2].set(-net.w[2] * x[5]))
+    found, change = status_and_change(net, x, y, 0.1)
+    assert "starts on a data point" in found and np.isnan(change[:, :-2]).all()  # the angle is right there
+
+
+def test_absent_neurons_change_nothing_and_have_no_derivative_of_their_own():
+    net, x, y = problem(1)
+    net = jax.tree.map(lambda a: a.at[-1].set(0), net)
+    seeds = directions(jax.tree.map(jnp.ones_like, net), x, jr.key(0), 6)
+    _, change = status_and_change(net, x, y, 0.5, seeds)
+    still = (jax.tree.map(lambda a: a.at[:, -1].set(0), seeds[0]), *seeds[1:])
+    _, expected = status_and_change(net, x, y, 0.5, still)
+    own = np.zeros(change.shape[1], bool)
+    own[[7, 15, 23]] = True
+    assert np.isnan(change[:, own]).all() and np.all(expected[:, own] == 0)
+    own[-1] = True
+    np.testing.assert_array_equal(change[:, ~own], expected[:, ~own])
+    weights = jnp.where(own, 0, 1.0)[None] * jr.normal(jr.key(0), (2, own.size))
+    gradient, *_ = backward(net, x, jnp.asarray(0.5), y, weights)
+    assert np.isfinite(flat(gradient)).all() and np.all(gradient.w[:, -1] == 0)
+
+
+def test_points_that_occur_twice_cannot_be_moved_apart():
+    net, x, y = problem(1)
+    x, y = x.at[4].set(x[3]), y.at[4].set(y[3])
+    weights = jr.normal(jr.key(0), (2, 29)).at[:, -1].set(0)
+    _, gradient, _ = backward(net, x, jnp.asarray(0.5), y, weights)
+    twice = np.isin(np.arange(16), (3, 4))
+    assert np.isnan(gradient[:, twice]).all() and np.isfinite(gradient[:, ~twice]).all()
+    net_seed, x_seed, time_seed = directions(net, x, jr.key(0), 6)
+    seeds = net_seed, x_seed.at[:, 3:5].set(0), time_seed
+    assert np.isfinite(status_and_change(net, x, y, 0.5, seeds)[1][:, :-1]).all()
+    assert np.isnan(status_and_change(net, x, y, 0.5, (net_seed, x_seed, time_seed))[1][:, :24]).all()
+
+
+def verge(of, low, high):
+    """Where the integer function `of` of one number changes, to rounding."""
+    first = of(low)
+    assert first != of(high)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if of(middle) == first else (low, middle)
+    return low, high
+
+
+def test_no_derivative_on_the_verge_between_two_courses():
+    """Between flows with different events is one that grazes a point, is undecided at one, or ends at an event."""
+    net, x, y = problem(1)
+    seeds, time = directions(net, x, jr.key(0), 6), jnp.asarray(3.0)
+
+    def run(shift):
+        return forward(eqx.tree_at(lambda n: n.b, net, net.b.at[7].add(shift)), x, time, y, seeds)
+
+    statuses = set()
+    shifts = np.linspace(-0.6, 0.6, 13)
+    events = [int(run(shift)[1].events[0]) for shift in shifts]
+    for a, b, first, second in zip(shifts, shifts[1:], events, events[1:], strict=False):
+        if first != second:
+            for shift in verge(lambda s: int(run(s)[1].events[0]), a, b):
+                change, flow = run(shift)
+                found = jax.tree.map(lambda a: a[0], flow.sensitivity)
+                statuses.add(gf.Sensitivity[found])
+                assert np.isnan(change[:, :24]).all() == bool(found != gf.Sensitivity.exists)
+    print(statuses)
+    assert len(statuses) > 1
+
+
+# --- misuse ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda n, d: gf.integrate(n, d, until=gf.Until(log_loss=-5.0)).log_loss, "differentiated at a time"),
+        (lambda n, d: gf.integrate(n, d, until=gf.Until(time=1.0), solver=diffrax.Kvaerno5()).margin, "Kvaerno5"),
+    ],
+)
+def test_misuse_is_refused(change, message):
+    net, x, y = problem(1)
+    with pytest.raises(ValueError, match=message):
+        jax.grad(change)(net, gf.Dataset(x, y))
+
+
+def test_nothing_else_is_differentiated():
+    net, x, y = problem(1)
+    for function in (
+        lambda a: gf.integrate(net, gf.Dataset(x, y), until=gf.Until(time=1.0), rtol=a).margin,
+        lambda a: gf.integrate(net, gf.Dataset(x, y), until=gf.Until(time=1.0, norm=a)).margin,
+    ):
+        with pytest.raises(ValueError, match="by the initial parameters"):
+            jax.grad(function)(jnp.asarray(0.1))
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        jax.hessian(lambda t: gf.integrate(net, gf.Dataset(x, y), until=gf.Until(time=t)).log_loss)(1.0)
+
+
+def test_numbers_without_derivative_say_so():
+    """Forward, `compare` looks at them; this is in reverse."""
+    net, x, y = problem(1)
+    asked = backward(net, x, jnp.asarray(0.5), y, jnp.zeros((2, 29)).at[:, -1].set(1.0))
+    assert np.isnan(flat(asked)).all()
+
+
+# --- the limit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_limit_moves_as_its_conditions_say(seed):
+    net, x, y = problem(seed, width=16)
+    flow = gf.integrate(net, gf.Dataset(x, y))
+    flow.limit.check()
+    limit = eqx.filter_jit(lambda x: gf.integrate(net, gf.Dataset(x, y)).limit)
+    direction = jr.normal(jr.key(seed), x.shape)
+
+    def difference(function, h):
+        a, b = limit(x + h * direction), limit(x - h * direction)
+        assert a.certified and b.certified
+        return (function(a) - function(b)) / (2 * h)
+
+    places = jnp.linspace(-3, 3, 61)
+    for function in (lambda f: f.value, lambda f: f.multipliers, lambda f: f.network(places)):
+        exact = (4 * difference(function, 5e-5) - difference(function, 1e-4)) / 3
+
+        def end(x, function=function):
+            return function(gf.limit(flow, gf.Dataset(x, y)))
+
+        change = jax.jvp(end, (x,), (direction,))[1]
+        np.testing.assert_allclose(change, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max())
+        gradient = jax.grad(lambda x: jnp.sum(end(x)))(x)
+        assert float(gradient @ direction) == pytest.approx(float(jnp.sum(change)), rel=1e-9)
+    through = jax.grad(lambda x: gf.integrate(net, gf.Dataset(x, y)).limit.value)(x)
+    np.testing.assert_allclose(through, jax.grad(lambda x: gf.limit(flow, gf.Dataset(x, y)).value)(x), rtol=1e-9)
+    still = jax.grad(lambda n: gf.integrate(n, gf.Dataset(x, y)).limit.value)(net)
+    assert np.all(flat(still) == 0)
+
+
+@pytest.mark.parametrize("y", [(1, 1, 1, 1), (1, 1, -1, -1), (1, -1, -1, 1), (1, -1, 1, -1)])
+def test_optimum_moves_as_differences_say(y):
+    x, y = jnp.array([-0.7, -0.2, 0.3, 0.9]), jnp.array(y, float)
+    direction = jnp.array([0.3, -0.5, 0.8, 0.1])
+
+    def optimum(x):
+        return gf.max_margin(gf.Dataset(x, y))
+
+    for function in (lambda f: f.value, lambda f: f.lower_bound, lambda f: f.network(jnp.linspace(-2.03, 2, 21))):
+
+        def difference(h, function=function):
+            return (function(optimum(x + h * direction)) - function(optimum(x - h * direction))) / (2 * h)
+
+        exact = (4 * difference(5e-4) - difference(1e-3)) / 3
+        change = jax.jvp(lambda x, function=function: function(optimum(x)), (x,), (direction,))[1]
+        np.testing.assert_allclose(change, exact, rtol=1e-6, atol=1e-6 * max(1, np.abs(exact).max()))
+
+
+def test_conditions_and_closed_form_move_the_optimum_alike():
+    """Two derivations: implicit differentiation of KKT conditions, and that of an explicit formula."""
+    x, y = jnp.array([-0.9, -0.7, -0.2, 0.1, 0.3, 0.9]), jnp.array([1.0, -1, -1, 1, -1, 1])
+    data = gf.Dataset(x, y)
+    found = gf.max_margin(data)
+    direction = jr.normal(jr.key(0), x.shape)
+    network, _, value = moved(found.network, found.multipliers, jnp.zeros(()), data, direction)
+    _, change = eqx.filter_jvp(lambda x: gf.max_margin(gf.Dataset(x, y)), (x,), (direction,))
+    assert float(value) == pytest.approx(float(change.value), rel=1e-9)
+    assert float(change.lower_bound) == pytest.approx(float(change.value), rel=1e-9)
+    places = jnp.linspace(-2, 2, 41)
+
+    def values(tangent):
+        return jax.jvp(lambda net: net(places), (found.network,), (tangent,))[1]
+
+    np.testing.assert_allclose(values(network), values(change.network), atol=1e-8 * float(value))
+
+
+def test_a_limit_of_other_data_is_none():
+    net, x, y = problem(0, width=16)
+    flow = gf.integrate(net, gf.Dataset(x, y))
+    assert gf.limit(flow, gf.Dataset(x, y)).certified
+    other = gf.limit(flow, gf.Dataset(x + 0.01, y))
+    assert other.status == gf.LimitStatus.not_stationary
+    assert np.isnan(jax.grad(lambda x: gf.limit(flow, gf.Dataset(x, y)).value)(x + 0.01)).all()
+
+
+def test_influence_predicts_what_a_moved_point_does():
+    net, x, y = problem(0, width=16)
+    data = gf.Dataset(x, y)
+    limit = gf.integrate(net, data).limit
+    found = gf.influence(limit, data)
+    support = np.asarray(limit.multipliers > 0)
+    assert np.all(np.asarray(found.value)[~support] == 0) and np.all(np.asarray(found.value)[support] != 0)
+    i, h = int(np.argmax(np.abs(found.margin))), 1e-5
+    after = gf.integrate(net, gf.Dataset(x.at[i].add(h), y)).limit
+    before = gf.integrate(net, gf.Dataset(x.at[i].add(-h), y)).limit
+    slope = (0.5 / after.value - 0.5 / before.value) / (2 * h)
+    assert float(found.margin[i]) == pytest.approx(float(slope), rel=1e-5)
+    bends = np.asarray(limit.network.v != 0)
+    assert np.isfinite(found.moves[bends]).all() and np.isnan(found.moves[~bends]).all()
+    knots = (np.asarray(after.knots) - np.asarray(before.knots)) / (2 * h)
+    for place, move in zip(found.breakpoints[bends], found.moves[bends, i], strict=True):
+        nearest = int(np.argmin(np.abs(np.asarray(limit.knots) - place)))
+        assert float(move) == pytest.approx(float(knots[nearest]), rel=1e-4, abs=1e-6)
+
+
+def test_points_move_to_where_the_limit_is_worst():
+    net, x, y = problem(0, width=16)
+    start = gf.integrate(net, gf.Dataset(x, y)).limit.value / gf.max_margin(gf.Dataset(x, y)).value
+    found = gf.worst_placement(net, gf.Dataset(x, y), steps=4, optimiser=optax.sgd(1e-3))
+    assert float(found.ratios[0]) == pytest.approx(float(start)) and np.all(np.diff(found.ratios) > 0)
+    assert float(found.ratio) == pytest.approx(float(found.ratios[-1])) and found.ratios.size > 1
+    assert found.limit.certified and found.optimum.proved
+    again = gf.integrate(net, found.data).limit.value / gf.max_margin(found.data).value
+    assert float(again) == pytest.approx(float(found.ratio), rel=1e-9)
