@@ -317,17 +317,23 @@ def solver_of_positive_definite(matrix: Float[Array, "r r"]):
     singular (seven tests noticed). Not LAPACK's: on a CPU, JAX's batched factorisations wait inside XLA's thread pool
     for tasks in that same pool, so that two programs at once can wait for ever (seen with jaxlib 0.10.2).
     """
-    index = jnp.arange(matrix.shape[0])
+    size = matrix.shape[0]
+    index = jnp.arange(size)
 
-    def eliminate(k, a):
-        row, column = a[k, :], a[:, k]
+    # The next row and column are carried along: read in the same pass, they would cost a copy of the matrix each.
+    def eliminate(k, carry):
+        a, row, column = carry
         pivot = 1 / row[k]
         here = index == k
         row, factor = jnp.where(here, 1, row) * pivot, jnp.where(here, -1, column)
-        rest = jnp.where(here[:, None] | here[None, :], 0, a)
-        return rest - factor[:, None] * row[None, :]
+        a = a - factor[:, None] * row[None, :]
+        a = jax.lax.dynamic_update_slice(a, row[None, :], (k, 0))
+        a = jax.lax.dynamic_update_slice(a, -(factor * pivot)[:, None], (0, k))
+        after = jnp.minimum(k + 1, size - 1)
+        return a, a[after, :], a[:, after]
 
-    inverse = jax.lax.fori_loop(0, matrix.shape[0], eliminate, jax.lax.stop_gradient(matrix))
+    begin = jax.lax.stop_gradient(matrix)
+    inverse = jax.lax.fori_loop(0, size, eliminate, (begin, begin[0, :], begin[:, 0]))[0]
 
     def refined(inverse, matrix, y):
         x = inverse @ y

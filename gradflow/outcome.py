@@ -67,10 +67,6 @@ class Sensitivity(eqx.Enumeration):
         "A breakpoint touched a data point at a speed of almost 0: the time of that has no derivative. Move the "
         "initialisation or the data a little."
     )
-    undecided = (
-        "A breakpoint came to a data point on the verge between sticking to it and passing it: derivatives differ on "
-        "the two sides. Move the initialisation or the data a little."
-    )
     starts_on_point = (
         "A breakpoint starts on a data point: derivatives differ on the two sides. Move the initialisation a little."
     )

@@ -63,8 +63,11 @@ class Sites(eqx.Module):
         empty = jnp.zeros((4, s), matrix.dtype)
         rightward = jnp.cumsum(empty.at[:, jnp.minimum(self.low, s - 1)].add(right), axis=1)
         leftward = jnp.cumsum(empty.at[:, jnp.maximum(self.high - 1, 0)].add(left)[:, ::-1], axis=1)[:, ::-1]
-        first, second = jnp.minimum(kept[:, None], kept[None, :]), jnp.maximum(kept[:, None], kept[None, :])
-        h = rightward[:, first] + leftward[:, second]
+        # At l ≥ i the former belong to i and the latter to l, at l < i the other way round: no gathers of r² entries.
+        rightward, leftward = rightward[:, kept], leftward[:, kept]
+        ordered = (kept[:, None] <= kept[None, :])[None]
+        h = jnp.where(ordered, rightward[:, :, None], rightward[:, None, :])
+        h += jnp.where(ordered, leftward[:, None, :], leftward[:, :, None])
         x = self.x[kept]
         return h[0] * (x[:, None] * x[None, :]) + h[1] * x[:, None] + h[2] * x[None, :] + h[3]
 

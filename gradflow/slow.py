@@ -67,16 +67,25 @@ class Slow(eqx.Module):
         n = log_p.shape[0]
         if n == 1:
             return self
-        falling = -jnp.sort(-log_p)
-        # log Σ of all lighter ones, for each point but the last in descending order.
-        lighter = jax.lax.cumlogsumexp(falling, reverse=True)[1:]
-        lightest = falling[:-1]
-        log_small = jnp.minimum(jnp.log(_SMALL), lightest + jnp.log(0.01))
-        eligible = (lightest >= jnp.log(_LIGHTEST)) & (lighter > -jnp.inf) & (lighter < log_small)
-        split = jnp.argmax(jnp.where(eligible, lightest - lighter, -jnp.inf))
-        in_force = jnp.where(self.holds, jnp.exp(self.log_size), jnp.exp(lighter[split]))
-        go = eligible[split] & (pace <= _CANCELS * in_force)
-        return Slow((log_p < lightest[split]) & go, log_small[split])
+
+        def split(state):
+            # Tied to the loop, lest the compiler take what follows out of it.
+            log_p, _ = jax.lax.optimization_barrier((all_p, state))
+            falling = -jnp.sort(-log_p)
+            # log Σ of all lighter ones, for each point but the last in descending order.
+            lighter = jax.lax.cumlogsumexp(falling, reverse=True)[1:]
+            lightest = falling[:-1]
+            log_small = jnp.minimum(jnp.log(_SMALL), lightest + jnp.log(0.01))
+            eligible = (lightest >= jnp.log(_LIGHTEST)) & (lighter > -jnp.inf) & (lighter < log_small)
+            split = jnp.argmax(jnp.where(eligible, lightest - lighter, -jnp.inf))
+            in_force = jnp.where(self.holds, jnp.exp(self.log_size), jnp.exp(lighter[split]))
+            go = eligible[split] & (pace <= _CANCELS * in_force)
+            return jnp.array(False), Slow((log_p < lightest[split]) & go, log_small[split])
+
+        # Forces in a split are below ε̂: most steps need not look for one, and sorting would take a tenth of their time.
+        # A loop, as `cond` would run for every lane of a batch.
+        all_p, none = log_p, Slow(jnp.zeros_like(self.rest), self.log_size)
+        return jax.lax.while_loop(lambda c: c[0], split, (pace <= _CANCELS * _SMALL, none))[1]
 
 
 def no_split(x: Float[Array, " n"]) -> Slow:

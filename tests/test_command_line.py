@@ -196,6 +196,7 @@ def test_flow_draws_where_it_is_told(tmp_path, monkeypatch, capsys):
 SMALL = ("--neurons", 2, "--switches", 1, "--samples", 20, "--width", 32, "--sweep", "none")
 
 
+@pytest.mark.slow
 def test_study_prints_claims_and_writes_dataset_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, "study", *SMALL, "--trials", 8, "--key", 5, "--confidence", 0.9)

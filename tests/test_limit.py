@@ -80,6 +80,7 @@ def test_every_flow_that_separates_is_certified_and_no_better_than_the_best(smal
             assert float(flow.limit.value) >= float(best.value) * (1 - 1e-9)
 
 
+@pytest.mark.slow
 def test_handing_over_sooner_or_later_gives_the_same_limit(small):
     for data, flow, _ in lanes(small)[:6]:
         net = gf.ReluNetwork.random(jr.key(5), 24)

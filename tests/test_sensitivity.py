@@ -223,8 +223,8 @@ def verge(of, low, high):
     return low, high
 
 
-def test_no_derivative_on_the_verge_between_two_courses():
-    """Between flows with different events is one that grazes a point, is undecided at one, or ends at an event."""
+def test_no_derivative_between_two_courses():
+    """Between flows with different numbers of events is one that grazes a point, or meets one at its end."""
     net, x, y = problem(1)
     seeds, time = directions(net, x, jr.key(0), 6), jnp.asarray(3.0)
 
