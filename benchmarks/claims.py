@@ -17,7 +17,7 @@ import xarray as xr
 
 import gradflow as gf
 from gradflow.archive import write
-from gradflow.sweep_plot import sweep_figure
+from gradflow.plot import sweep_figure
 
 HERE = Path(__file__).parent
 DATASET, FIGURE, README = HERE / "claims.nc", HERE / "figures" / "sweep.png", HERE.parent / "README.md"

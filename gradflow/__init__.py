@@ -1,14 +1,20 @@
 """Gradient flow on shallow univariate ReLU classifiers, and the implicit bias of its limit.
 
 Importing gradflow changes no JAX setting. Late training needs float64: call
-`jax.config.update("jax_enable_x64", True)` before making arrays (the command line does).
+`jax.config.update("jax_enable_x64", True)` before making arrays (the command line does). `gradflow.plot` is imported
+when it is first used, as Matplotlib takes its time.
 """
+
+import importlib
 
 from gradflow.archive import load as load
 from gradflow.archive import studies as studies
 from gradflow.certificate import kkt_residual as kkt_residual
 from gradflow.claim import Claim as Claim
 from gradflow.data import Dataset as Dataset
+from gradflow.descent import Descent as Descent
+from gradflow.descent import DescentStatus as DescentStatus
+from gradflow.descent import descend as descend
 from gradflow.distribution import Distribution as Distribution
 from gradflow.distribution import Histogram as Histogram
 from gradflow.distribution import TruncatedNormal as TruncatedNormal
@@ -60,3 +66,9 @@ from gradflow.trial import Trial as Trial
 from gradflow.watch import Progress as Progress
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "plot":
+        return importlib.import_module("gradflow.plot")
+    raise AttributeError(f"module 'gradflow' has no attribute {name!r}")

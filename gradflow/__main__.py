@@ -22,9 +22,8 @@ from gradflow.network import SCHEMES, ReluNetwork
 from gradflow.optimum import max_margin
 from gradflow.outcome import Flow, Until
 from gradflow.piecewise import knots, linear_regions
-from gradflow.plot import flow_figure, study_figure
+from gradflow.plot import flow_figure, study_figure, sweep_figure
 from gradflow.study import run_study, run_sweep
-from gradflow.sweep_plot import sweep_figure
 from gradflow.table import summary
 from gradflow.trial import Trial
 from gradflow.watch import Progress

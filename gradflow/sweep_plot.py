@@ -1,6 +1,6 @@
 """Figures of a sweep: when training succeeds, how regions grow with r, and how the error falls with n.
 
-As in `plot.py`, every function draws on the `ax` it is given and returns the artists it drew. Where a sweep has no
+Every function draws on the `ax` it is given, labels it, and returns the artists it drew. Where a sweep has no
 cells to compare it draws the first.
 """
 
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from gradflow.archive import studies
 from gradflow.claim import CONFIDENCE, DELTA, coded, estimated, has_limit, tally, trial_of
-from gradflow.plot import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SIZE, VERMILLION, finish
 from gradflow.scaling import alike, all_but, family, proportional, proportional_but_width, quantile_of
+from gradflow.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SIZE, VERMILLION, Picture, finish
 from gradflow.theory import generalisation_bound
 
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, BLACK)
@@ -128,7 +128,7 @@ def error_against_samples(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
 
 def sweep_figure(sweep: xr.Dataset, confidence: float = CONFIDENCE, delta: float = DELTA) -> Figure:
     """A sweep at a glance: phase diagram, success against width, regions against r, error against n."""
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Picture(figsize=SIZE, layout="constrained")
     axes = figure.subplots(2, 2)
     draws = (phase_diagram, success_against_width, regions_against_neurons, error_against_samples)
     for ax, draw, letter in zip(axes.flat, draws, "abcd", strict=True):

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from gradflow import Dataset, Path, ReluNetwork, Teacher, Until, integrate, plot, sweep_plot
+from gradflow import Dataset, Path, ReluNetwork, Teacher, Until, integrate, plot, study_plot, style
 from gradflow.claim import Claim
 from gradflow.design import around
 from gradflow.record import Verdict
@@ -108,7 +108,7 @@ def test_function_paints_the_teacher(ax):
     assert inside.size
     np.testing.assert_allclose([p.get_x() for p in patches], [low, *inside])
     middles = np.array([p.get_x() + p.get_width() / 2 for p in patches])
-    colours = [plot.BLUE if label > 0 else plot.VERMILLION for label in np.asarray(teacher(middles))]
+    colours = [style.BLUE if label > 0 else style.VERMILLION for label in np.asarray(teacher(middles))]
     assert [to_hex(p.get_facecolor()).upper() for p in patches] == colours
 
 
@@ -125,7 +125,7 @@ def test_breakpoints_follow_the_neurons_and_break_where_they_turn_round(ax):
     artists = plot.breakpoints(ax, path, DATA)
     (lines,) = [artist for artist in artists if isinstance(artist, LineCollection)]
     np.testing.assert_array_equal(lines.get_segments(), [[[1, -1], [3, 0.5]]])
-    assert to_hex(lines.get_colors()[0]).upper() == plot.GREEN
+    assert to_hex(lines.get_colors()[0]).upper() == style.GREEN
     assert len(artists) == 2 + DATA.samples  # and the legend
     assert labels(ax) == ("log time, log t", "breakpoint −b/w (units of x)")
     assert ax.get_xlim() == (1, 3)
@@ -153,7 +153,7 @@ def test_claims_show_estimate_interval_counts_and_verdict(ax):
     bars = [artist for artist in artists if isinstance(artist, LineCollection)]
     for bar, row in zip(bars, rows[:2], strict=True):  # an exponent is no probability
         np.testing.assert_allclose(bar.get_segments()[0][:, 0], [row.measured.low, row.measured.high])
-        assert to_hex(bar.get_color()[0]).upper() == plot.VERDICTS[row.verdict].upper()
+        assert to_hex(bar.get_color()[0]).upper() == study_plot.VERDICTS[row.verdict].upper()
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert names == ["first\n90 hold, 8 fail, 2 unresolved", "second (vacuous)\n100 hold, 0 fail, 0 unresolved"]
     assert ax.get_xlabel() == "probability, with its exact 99% interval"
@@ -204,7 +204,7 @@ def some_sweep(**columns):
     ids=["mixed", "all failed", "all unresolved"],
 )
 def test_sweep_figure_is_legible_whatever_the_outcome(columns):
-    check_legible(sweep_plot.sweep_figure(some_sweep(**columns)), panels=4)
+    check_legible(plot.sweep_figure(some_sweep(**columns)), panels=4)
 
 
 def test_what_a_phase_diagram_shows(ax):
@@ -212,7 +212,7 @@ def test_what_a_phase_diagram_shows(ax):
     good = [40, 10, 30]
     outcomes = [["holds"] * g + ["fails"] * (40 - g) for g in good]
     studies = [planted.study(t, 40, accuracy_verdict=o) for t, o in zip(cells, outcomes, strict=True)]
-    image, *texts = sweep_plot.phase_diagram(ax, planted.sweep(*studies))
+    image, *texts = plot.phase_diagram(ax, planted.sweep(*studies))
     np.testing.assert_array_equal(image.get_array(), np.ma.masked_invalid([[0.25, np.nan], [1.0, 0.75]]))
     assert [text.get_text() for text in texts] == ["1.00", "0.25", "0.75"]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["2", "8"]
@@ -221,11 +221,11 @@ def test_what_a_phase_diagram_shows(ax):
 
 def test_what_is_drawn_against_r_and_n(ax):
     sweep = some_sweep(population_error=np.arange(1, 41) / 400, regions=[4] * 20 + [6] * 20)
-    lines = {line.get_label(): line for line in sweep_plot.regions_against_neurons(ax, sweep)}
+    lines = {line.get_label(): line for line in plot.regions_against_neurons(ax, sweep)}
     np.testing.assert_array_equal(lines["mean"].get_xydata(), [[4, 5], [8, 5]])
     np.testing.assert_array_equal(lines["least possible (mean)"].get_ydata(), [4, 4])
     ax.clear()
-    lines = {line.get_label(): line for line in sweep_plot.error_against_samples(ax, sweep)}
+    lines = {line.get_label(): line for line in plot.error_against_samples(ax, sweep)}
     np.testing.assert_allclose(lines["r/n"].get_ydata(), [4 / 25, 4 / 50, 4 / 100])
 
 
@@ -236,7 +236,7 @@ def flow():
 
 
 def test_flow_figure_is_legible(flow):
-    check_legible(plot.flow_figure(flow, DATA, Teacher(NET)), panels=4)
+    check_legible(plot.flow_figure(flow, DATA, Teacher(NET)), panels=6)
 
 
 def test_flow_figure_needs_snapshots(flow):
@@ -247,7 +247,7 @@ def test_flow_figure_needs_snapshots(flow):
 def check_legible(figure, panels):
     figure.savefig(io.BytesIO(), dpi=50)  # warnings, such as a missing glyph, are errors
     assert len(figure.axes) == panels
-    assert tuple(figure.get_size_inches()) == plot.SIZE
+    assert tuple(figure.get_size_inches()) in (style.SIZE, style.TALL)
     for ax in figure.axes:
         assert ax.get_ylabel() or ax.get_yticklabels()
     small = [text.get_text() for text in figure.findobj(Text) if text.get_text() and text.get_fontsize() < 8]
