@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+RESULT = Path(__file__).parent / "race.json"  # which notebooks/02 draws
 GOALS = (-1.0, -10.0, -60.0, -200.0, -1000.0)
 BATCH = 64
 ENTRIES = [
@@ -344,6 +345,7 @@ def main():
     print(f"{platform.processor() or platform.machine()}, {len(cpus)} cores, {minutes:g} minutes each")
     print(f"{'':22}{'tol':>7}{'batch':>6}" + "".join(f"{f'log L {goal:g}':>20}" for goal in GOALS))
     print(f"{'':35}" + f"{'seconds':>11}{'error':>9}" * len(GOALS))
+    told = []
     with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(len(cpus)) as pool:
         folder = Path(name)
         subprocess.run([sys.executable, __file__, "--prepare", name], check=True)
@@ -351,6 +353,9 @@ def main():
             cells = [f"{line['seconds']:>11.3g}{line['error']:>9.0e}" for line in lines]
             cells += [f"{'–':>11}{'':>9}"] * (len(GOALS) - len(cells))
             print(f"{entry[0]:22}{entry[1]:>7.0e}{entry[2]:>6}" + "".join(cells), flush=True)
+            told.append({"name": entry[0], "tolerance": entry[1], "batch": entry[2], "goals": lines})
+    if not args.quick:
+        RESULT.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

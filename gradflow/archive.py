@@ -208,6 +208,15 @@ def load(path: str | os.PathLike) -> xr.Dataset:
     **Raises** `FileNotFoundError` if there is none, and `ValueError`, naming files, if it is torn or neither, if the
     directory holds several, and for one of which nothing has been put together yet. An interrupted study is read up to
     the first trial that is missing; those that ended first would be no fair sample.
+
+    >>> import tempfile
+    >>> import jax
+    >>> import gradflow as gf
+    >>> trial = gf.Trial(neurons=2, switches=1, width=32, samples=20)
+    >>> folder = tempfile.mkdtemp()
+    >>> dataset = gf.run_study(trial, key=jax.random.key(0), trials=8, path=folder)
+    >>> gf.load(folder).equals(dataset)
+    True
     """
     file = pathlib.Path(path)
     if file.is_dir():
@@ -271,6 +280,13 @@ def studies(dataset: xr.Dataset) -> list[xr.Dataset]:
     only cell.
 
     **Raises** `ValueError` for a selection that leaves no cell, or no dimension `trial`, and for one laid out anew.
+
+    >>> import jax
+    >>> import gradflow as gf
+    >>> trial = gf.Trial(neurons=2, switches=1, width=32, samples=20)
+    >>> dataset = gf.run_study(trial, key=jax.random.key(0), trials=8)
+    >>> len(gf.studies(dataset))  # of a sweep: its cells
+    1
     """
     if not isinstance(dataset, xr.Dataset):
         raise ValueError(f"a study or sweep is an xarray.Dataset, such as gradflow.load gives, and not {dataset!r}")

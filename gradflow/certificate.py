@@ -29,6 +29,11 @@ def kkt_residual(net: ReluNetwork, data: Dataset, multipliers=None) -> Float[Arr
     - negative multipliers: max −λ_i/Σ λ; complementarity: Σ |λ_i| |q_i − 1|/Σ λ.
 
     Infinite if some margin is not positive. Works under jit and vmap.
+
+    >>> import gradflow as gf
+    >>> net = gf.ReluNetwork([1.0], [1.0], [2**0.5])  # one point x = 1: u is parallel to (x, 1), and balanced
+    >>> bool(gf.kkt_residual(net, gf.Dataset([1.0], [1])) < 1e-15)
+    True
     """
     q = data.margins(net)
     least = jnp.min(q)

@@ -17,6 +17,11 @@ class Dataset(eqx.Module):
     **Raises** `ValueError` for wrong shapes, no data, values that are not finite, labels other than ±1, and equal
     points with opposite labels, which no classifier can fit; the message names the offending points. Inside jit, vmap
     or grad, values are unknown and only shapes are checked.
+
+    >>> import gradflow as gf
+    >>> data = gf.Dataset([0.5, -1.0, 2.0], [1, -1, 1])
+    >>> print(data.samples, data.switches)
+    3 1
     """
 
     x: Float[Array, " n"]

@@ -88,7 +88,7 @@ def descend(
 
     >>> import jax, optax
     >>> import gradflow as gf
-    >>> net = gf.ReluNetwork.random(jax.random.key(0), width=8)
+    >>> net = gf.ReluNetwork.random(jax.random.key(1), width=8)
     >>> data = gf.Dataset([-1.0, -0.5, 0.5, 1.0], [1, -1, -1, 1])
     >>> found = gf.descend(net, data, optax.sgd(0.05), 2000, objective="log_loss")
     >>> bool(found.margin > 0)

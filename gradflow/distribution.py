@@ -46,7 +46,12 @@ class Distribution(eqx.Module):
 
 
 class Uniform(Distribution):
-    """The uniform law on [`low`, `high`]. **Raises** `ValueError` unless both are finite and `low` < `high`."""
+    """The uniform law on [`low`, `high`]. **Raises** `ValueError` unless both are finite and `low` < `high`.
+
+    >>> import gradflow as gf
+    >>> print(gf.Uniform(0.0, 4.0).cdf(1.0))
+    0.25
+    """
 
     low: Float[Array, ""]
     high: Float[Array, ""]
@@ -73,6 +78,10 @@ class TruncatedNormal(Distribution):
     """The normal law of `mean` and standard deviation `std`, conditioned on [`low`, `high`].
 
     **Raises** `ValueError` unless all are finite, `std` > 0, `low` < `high` and the interval has probability above 0.
+
+    >>> import gradflow as gf
+    >>> print(gf.TruncatedNormal(0.0, 1.0, -2.0, 2.0).cdf(0.0))
+    0.5
     """
 
     mean: Float[Array, ""]
@@ -130,6 +139,10 @@ class Histogram(Distribution):
 
     **Arguments** `edges`: (bins + 1,) ascending; `masses`: (bins,) non-negative, not all zero; normalised here, so
     `numpy.histogram`'s counts do. **Raises** `ValueError` for anything else.
+
+    >>> import gradflow as gf
+    >>> print(gf.Histogram(edges=[0.0, 1.0, 2.0], masses=[1.0, 3.0]).cdf(1.0))
+    0.25
     """
 
     edges: Float[Array, " bins+1"]

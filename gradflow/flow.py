@@ -74,6 +74,14 @@ def integrate(
     **Raises**, before anything compiles: `TypeError` for an argument of the wrong kind; `ValueError` for mixed dtypes,
     tolerances that are not positive, an odd `save`, a solver without error estimate, batched weights or points (use
     `jax.vmap`), and in float32 for `Until()` and an `until.log_loss` below −50.
+
+    >>> import jax
+    >>> import gradflow as gf
+    >>> net = gf.ReluNetwork.random(jax.random.key(1), width=8)
+    >>> data = gf.Dataset([-1.0, -0.5, 0.5, 1.0], [1, -1, -1, 1])
+    >>> flow = gf.integrate(net, data, until=gf.Until(time=2.0))
+    >>> print(flow.status == gf.Status.reached, flow.time)
+    True 2.0
     """
     loss = Exponential() if loss is None else loss
     until = Until() if until is None else until
@@ -196,6 +204,14 @@ def limit(flow: Flow, data: Dataset, loss: Loss | None = None) -> Limit:
     on. **Returns** a `Limit`, under jit and vmap too: failure is its `status`.
 
     **Raises** `ValueError` in float32, where 1e-10 is out of reach.
+
+    >>> import jax
+    >>> import gradflow as gf
+    >>> net = gf.ReluNetwork.random(jax.random.key(1), width=8)
+    >>> data = gf.Dataset([-1.0, -0.5, 0.5, 1.0], [1, -1, -1, 1])
+    >>> flow = gf.integrate(net, data)
+    >>> bool(gf.limit(flow, data).check().certified)
+    True
     """
     found, flow, still = flow.limit, *jax.tree.map(jax.lax.stop_gradient, eqx.filter((flow, data), eqx.is_array))
     if found is None:

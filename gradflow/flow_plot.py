@@ -57,23 +57,10 @@ def function(ax: Axes, net, data=None, teacher=None, *, merge=0.0, drop=0.0) -> 
     artists.append(ax.axhline(0, color=GREY, lw=0.6, zorder=1))
     artists += ax.plot(x, value / scale, color=BLACK, lw=1.3, zorder=3, label="N(x)")
     at = np.asarray(knots(net, merge, drop))
-    for side, beyond in ((0.0, at[at <= low]), (1.0, at[at >= high])):
-        if beyond.size:
-            text = f"{beyond.size} knot{'s' if beyond.size > 1 else ''} {'beyond' if side else 'before'}: "
-            text += ", ".join(f"{x:.3g}" for x in beyond[:3]) + (" …" if beyond.size > 3 else "")
-            artists.append(
-                ax.annotate(
-                    f"{text} →" if side else f"← {text}",
-                    (side, 0.0),
-                    xytext=(0, -26),
-                    xycoords="axes fraction",
-                    textcoords="offset points",
-                    ha="right" if side else "left",
-                    va="center",
-                    fontsize=8,
-                    color=GREY,
-                )
-            )
+    before, beyond = at[at <= low], at[at >= high]
+    named = [f"← {_named(before, 'before')}"] * (before.size > 0) + [f"{_named(beyond, 'beyond')} →"] * (
+        beyond.size > 0
+    )
     at = at[(at > low) & (at < high)]
     # Wide rings: the points inside stay visible.
     artists += ax.plot(at, np.asarray(net(at)) / scale, "o", ms=8, mfc="none", mec=BLACK, zorder=6, label="knots")
@@ -83,7 +70,7 @@ def function(ax: Axes, net, data=None, teacher=None, *, merge=0.0, drop=0.0) -> 
             height = np.asarray(net(mine)) / scale
             artists += ax.plot(mine, height, marker, ms=4, color=colour, mew=0, alpha=0.8, zorder=5, label=name)
     ax.set_xlim(low, high)
-    ax.set_xlabel("input x (units of the data)")
+    ax.set_xlabel("\n".join(["input x (units of the data)", ", ".join(named)][: 1 + bool(named)]))
     ax.set_ylabel(f"N(x) / {symbol}")
     return artists
 
@@ -237,6 +224,11 @@ def flow_figure(flow, data, teacher=None, *, merge=0.0, drop=0.0) -> Figure:
     for ax, letter in zip((top, *panels), "abcde", strict=True):
         finish(ax, letter)
     return figure
+
+
+def _named(at: np.ndarray, where: str) -> str:
+    places = ", ".join(f"{x:.3g}".replace("-", "−") for x in at[:3]) + (" …" if at.size > 3 else "")
+    return f"{at.size} knot{'s' if at.size > 1 else ''} {where}: {places}"
 
 
 def window(net, data) -> tuple[float, float]:

@@ -34,6 +34,14 @@ def influence(limit: Limit, data: Dataset) -> Influence:
     """The influence of every data point on a limit (`implicit.py` has the derivation). Works under jit and vmap.
 
     **Arguments** `limit`: of `gradflow.limit` or `flow.limit`; `data`: what it is the limit on.
+
+    >>> import jax
+    >>> import gradflow as gf
+    >>> net = gf.ReluNetwork.random(jax.random.key(1), width=8)
+    >>> data = gf.Dataset([-1.0, -0.5, 0.5, 1.0], [1, -1, -1, 1])
+    >>> limit = gf.integrate(net, data).limit
+    >>> gf.influence(limit, data).margin.shape
+    (4,)
     """
 
     def ends(x):

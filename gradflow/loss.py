@@ -59,7 +59,12 @@ class Loss(eqx.Module):
 
 
 class Exponential(Loss):
-    """ℓ(q) = e^{−q}."""
+    """ℓ(q) = e^{−q}.
+
+    >>> import gradflow as gf
+    >>> print(gf.Exponential().log_mean(jax.numpy.array([0.0, 1000.0])))
+    -0.6931471805599453
+    """
 
     def log_value(self, q):
         return -q
@@ -76,7 +81,12 @@ class Exponential(Loss):
 
 
 class Logistic(Loss):
-    """ℓ(q) = log(1 + e^{−q})."""
+    """ℓ(q) = log(1 + e^{−q}).
+
+    >>> import gradflow as gf
+    >>> print(gf.Logistic().log_value(jax.numpy.array(1000.0)))
+    -1000.0
+    """
 
     def log_value(self, q):
         # log(log1p(e^{-q})). Beyond `far`, log1p(e) = e − e²/2 + … to the last digit; the clipped argument of the other

@@ -31,6 +31,11 @@ class ReluNetwork(eqx.Module):
 
     **Raises** `ValueError` for shapes that are not three equal (k,). Non-finite weights are allowed: they are how a
     failed computation inside a batch reports itself.
+
+    >>> import gradflow as gf
+    >>> net = gf.ReluNetwork(w=[1.0, -1.0], b=[0.5, 0.0], v=[2.0, 1.0])
+    >>> print(net(0.5), net([-1.0, 1.0]))
+    2.0 [1. 3.]
     """
 
     w: Float[Array, " k"]
@@ -111,6 +116,12 @@ class ReluNetwork(eqx.Module):
         - `slots`: pad with zero neurons, which change nothing, to this many: one compilation then serves many widths.
 
         **Raises** `ValueError` for an unknown scheme, a width below 1 or above `slots`.
+
+        >>> import jax
+        >>> import gradflow as gf
+        >>> net = gf.ReluNetwork.random(jax.random.key(0), width=64, scheme="he", scale=0.5)
+        >>> net.width
+        64
         """
         if scheme not in SCHEMES:
             raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(map(repr, SCHEMES))}")

@@ -80,6 +80,11 @@ def max_margin(data: Dataset) -> Optimum:
     else through the optimality conditions (`implicit.py`); NaN where it is not proved.
 
     **Raises** `ValueError` in float32, where the proof is out of reach.
+
+    >>> import gradflow as gf
+    >>> best = gf.max_margin(gf.Dataset([-1.0, 1.0], [-1, 1]))
+    >>> print(best.proved, f"{best.value:.12f}")
+    True 1.414213562373
     """
     if data.x.dtype != jnp.float64:
         raise ValueError("the maximum margin needs float64: call jax.config.update('jax_enable_x64', True) first")

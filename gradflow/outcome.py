@@ -89,6 +89,10 @@ class Until(eqx.Module):
     when its limit is *certified* (`Limit`), in float64: first tried when the angle between θ and dθ/dτ has a tangent of
     at most `settled`, and then with ten times the ρ², again and again. The tangent is the relative KKT residual of θ
     for the natural multipliers. `settled` goes with nothing else. Values are traced: another number does not recompile.
+
+    >>> import gradflow as gf
+    >>> gf.Until(norm=50.0, log_loss=-100.0).certifies  # whichever comes first
+    False
     """
 
     time: Float[Array, ""]

@@ -32,6 +32,10 @@ class Piecewise(eqx.Module):
     - `values` (k,): N at each breakpoint, 0 where the breakpoint is infinite or where all of N is rounding;
     - `slope_left`, `slope_right`: the slopes towards −∞ and +∞;
     - `constant`: N(0), the value of a network that bends nowhere.
+
+    >>> import gradflow as gf
+    >>> print(gf.Piecewise(gf.ReluNetwork([1.0, 1.0], [1.0, -1.0], [1.0, -2.0])).breakpoints)
+    [-1.  1.]
     """
 
     breakpoints: Float[Array, " k"]
@@ -139,6 +143,11 @@ def knots(net: ReluNetwork, merge: ArrayLike = 0.0, drop: ArrayLike = 0.0) -> Fl
     **Arguments** `merge` (units of x) and `drop` (share of Σ|v_j w_j|): tolerances of the counting rule at the top of
     this module; the defaults count exactly. **Returns** exactly the knots; under jit or vmap, where shapes are static,
     k entries of which the last are +inf.
+
+    >>> import gradflow as gf
+    >>> net = gf.ReluNetwork([1.0, 1.0, 1.0], [0.0, -1.0, -1.0], [1.0, -2.0, 2.0])
+    >>> print(gf.knots(net))  # at 1 two neurons cancel
+    [0.]
     """
     return _sorted(*Piecewise(net).knots(merge, drop))
 
@@ -147,6 +156,11 @@ def linear_regions(net: ReluNetwork, merge: ArrayLike = 0.0, drop: ArrayLike = 0
     """The number of linear regions of N on the whole line: one more than `knots`. Arguments as there.
 
     NaN weights count as knots, so that a failed network does not pass for a simple one.
+
+    >>> import gradflow as gf
+    >>> net = gf.ReluNetwork([1.0, 1.0], [0.0, -1.0], [1.0, -2.0])
+    >>> print(gf.linear_regions(net), gf.linear_regions(net, merge=2.0))
+    3 2
     """
     return 1 + jnp.sum(Piecewise(net).knots(merge, drop)[1])
 
@@ -156,5 +170,9 @@ def sign_changes(net: ReluNetwork) -> Float[Array, " roots"]:
 
     **Returns** exactly those positions; under jit or vmap, where shapes are static, k + 1 entries of which the last
     are +inf.
+
+    >>> import gradflow as gf
+    >>> print(gf.sign_changes(gf.ReluNetwork([1.0, 1.0, -1.0], [1.0, -1.0, 0.0], [1.0, -2.0, -1.0])))
+    [-0.5  3. ]
     """
     return _sorted(*Piecewise(net).roots())

@@ -46,6 +46,13 @@ def worst_placement(
     step that leads to no certified limit, to points that change places, or to a smaller ratio, is halved.
 
     **Raises** `RuntimeError` if the flow has no certified limit on `data`, or none that can be differentiated.
+
+    >>> import jax
+    >>> import gradflow as gf
+    >>> net = gf.ReluNetwork.random(jax.random.key(1), width=8)
+    >>> data = gf.Dataset([-1.0, -0.5, 0.5, 1.0], [1, -1, -1, 1])
+    >>> bool(gf.worst_placement(net, data, steps=1).ratio >= 1)
+    True
     """
     low, high = float(jnp.min(data.x)), float(jnp.max(data.x))
     optimiser = optax.adam(0.01 * (high - low)) if optimiser is None else optimiser

@@ -69,8 +69,12 @@ def run_study(
     `OSError` if the disk is full; `RuntimeError` if a worker died. All of these leave a study that can be gone on with.
     Trials never raise: they end with a status.
 
-    >>> trial = Trial(neurons=2, switches=1, width=32, samples=20)
-    >>> dataset = run_study(trial, key=jax.random.key(0), trials=64)  # doctest: +SKIP
+    >>> import jax
+    >>> import gradflow as gf
+    >>> trial = gf.Trial(neurons=2, switches=1, width=32, samples=20)
+    >>> dataset = gf.run_study(trial, key=jax.random.key(0), trials=8)
+    >>> dataset.sizes["trial"]
+    8
     """
     folder = None if path is None else pathlib.Path(path)
     _check_trials([trial])
@@ -102,8 +106,12 @@ def run_sweep(
 
     **Raises** as `run_study` does, and `ValueError` for no cells and for equal ones.
 
-    >>> cells = [Trial(width=k, samples=n) for k in (8, 16, 32) for n in (25, 50)]
-    >>> dataset = run_sweep(cells, key=jax.random.key(0), trials=64)  # doctest: +SKIP
+    >>> import jax
+    >>> import gradflow as gf
+    >>> cells = [gf.Trial(neurons=2, switches=1, width=32, samples=n) for n in (10, 20)]
+    >>> sweep = gf.run_sweep(cells, key=jax.random.key(0), trials=8)
+    >>> sweep["regions"].shape
+    (2, 8)
     """
     cells, key = list(cells), _checked(key)
     _check_trials(cells)
@@ -136,6 +144,13 @@ def replay(dataset: xr.Dataset, trial) -> Flow:
 
     **Raises** `ValueError` for a number that is not in the dataset, a sweep of several cells, and if JAX's float dtype
     is not the study's.
+
+    >>> import jax
+    >>> import gradflow as gf
+    >>> trial = gf.Trial(neurons=2, switches=1, width=32, samples=20)
+    >>> dataset = gf.run_study(trial, key=jax.random.key(0), trials=8)
+    >>> bool(gf.replay(dataset, trial=3).status == gf.Status.certified)
+    True
     """
     if len(cells := studies(dataset)) != 1:
         raise ValueError("this is a sweep: take one of its cells, such as sweep.isel(cell=0)")

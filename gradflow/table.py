@@ -42,6 +42,13 @@ def claims(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> list[Clai
     In a sweep, statements about one experiment are about its first cell (bounds about those cells where they say
     something), and each of the others about the most cells that it can compare, those with the first if there is a
     choice. Which cells these are does not depend on the outcome, and the notes tell.
+
+    >>> import jax
+    >>> import gradflow as gf
+    >>> trial = gf.Trial(neurons=2, switches=1, width=32, samples=20)
+    >>> dataset = gf.run_study(trial, key=jax.random.key(0), trials=8)
+    >>> gf.claims(dataset)[0].name
+    'perfect training accuracy'
     """
     check_levels(confidence, delta)
     first, *others = studies(dataset)
@@ -72,7 +79,15 @@ def claims(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> list[Clai
 
 
 def summary(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> str:
-    """The claim table of a study or a sweep, and the main numbers of its first cell, as text."""
+    """The claim table of a study or a sweep, and the main numbers of its first cell, as text.
+
+    >>> import jax
+    >>> import gradflow as gf
+    >>> trial = gf.Trial(neurons=2, switches=1, width=32, samples=20)
+    >>> dataset = gf.run_study(trial, key=jax.random.key(0), trials=8)
+    >>> print(gf.summary(dataset).splitlines()[0])  # doctest: +ELLIPSIS
+    claim ... verdict ... number  99 % interval      asked ...
+    """
     table = claims(dataset, confidence, delta)
     interval = f"{100 * confidence:g} % interval"
     lines = [

@@ -38,7 +38,12 @@ _ATTEMPTS = 1000  # rejection sampling inside jit must end; at one acceptance in
 
 
 def max_switches(neurons: int) -> int:
-    """The most label switches that a network of `neurons` neurons without output bias can realise (proof above)."""
+    """The most label switches that a network of `neurons` neurons without output bias can realise (proof above).
+
+    >>> import gradflow as gf
+    >>> gf.max_switches(4)
+    5
+    """
     if neurons < 1:
         raise ValueError(f"a teacher needs at least one neuron, got {neurons}")
     return neurons - 1 if neurons <= 3 else neurons + 1
@@ -89,6 +94,13 @@ class Teacher(eqx.Module):
 
         Point i depends on (`key`, i) only. With `slots`, the data are padded to this many points, as by
         `Dataset.padded`, and `samples` may be traced.
+
+        >>> import jax
+        >>> import gradflow as gf
+        >>> teacher = gf.Teacher.random(jax.random.key(0), neurons=4, switches=3)
+        >>> data = teacher.sample(jax.random.key(1), samples=50)
+        >>> bool((teacher(data.x) == data.y).all())
+        True
         """
         if is_concrete(samples) and (int(samples) != samples or not 1 <= samples <= (slots or samples)):
             raise ValueError(
@@ -127,6 +139,12 @@ class Teacher(eqx.Module):
 
         **Raises** `ValueError` for impossible requests. If no draw in 1000 meets `min_run` (only with
         `switches=None`), the weights are NaN, and everything computed from them says so.
+
+        >>> import jax
+        >>> import gradflow as gf
+        >>> teacher = gf.Teacher.random(jax.random.key(0), neurons=4, switches=3, min_run=0.1)
+        >>> teacher.switches.shape
+        (3,)
         """
         distribution = Uniform() if distribution is None else distribution
         most = max_switches(neurons)
@@ -154,6 +172,12 @@ def population_error(net: ReluNetwork, teacher: Teacher, distribution: Distribut
 
     The line is cut at every root and knot of both networks; between cuts both signs are constant, and each cell's
     probability is a difference of the CDF. N(x) = 0 is an error: it decides for neither label. NaN weights give NaN.
+
+    >>> import gradflow as gf
+    >>> teacher = gf.Teacher(gf.ReluNetwork([1.0, -1.0], [0.0, 0.0], [1.0, -1.0]))  # the sign of x
+    >>> net = gf.ReluNetwork([1.0, -1.0], [-0.5, 0.5], [1.0, -1.0])  # that of x − 1/2
+    >>> print(gf.population_error(net, teacher, gf.Uniform(-1.0, 1.0)))
+    0.25
     """
     low, high = distribution.support
     cuts = jnp.sort(jnp.clip(jnp.concatenate([_cuts(net), _cuts(teacher.net), low[None], high[None]]), low, high))

@@ -26,6 +26,10 @@ def region_bound(neurons):
     It is quoted from a secondary source on Safran, Vardi and Lee (2022, arXiv 2205.09072), and whether r counts the
     target's neurons or its label switches is not settled there; here it is neurons. A network of width k has at most
     k + 1 regions whatever it learns, so the bound says nothing where k + 1 ≤ 32 r + 67.
+
+    >>> import gradflow as gf
+    >>> gf.region_bound(4)
+    195
     """
     return 32 * neurons + 67
 
@@ -37,6 +41,10 @@ def generalisation_bound(regions, samples: int, delta: float = 0.01):
     their sign changes at most `regions` times (Blumer, Ehrenfeucht, Haussler and Warmuth 1989, Theorem A2.1; d is seen
     with the data, so δ is shared out among all d, as δ/(d (d + 1))). Holds with probability 1 − δ over the sample. Our
     own choice of bound, not the paper's. At 1 or more it says nothing.
+
+    >>> import gradflow as gf
+    >>> print(f"{gf.generalisation_bound(6, 1000):.3f}")
+    0.161
     """
     d = jnp.minimum(jnp.asarray(regions, float) + 1, samples)
     return 2 / samples * (d * jnp.log2(2 * math.e * samples / d) + jnp.log2(2 * d * (d + 1) / delta))
@@ -46,6 +54,10 @@ def sufficient_width(intervals: int, probability: float, delta: float) -> int:
     """Neurons that leave none of `intervals` without one with probability 1 − δ, each hitting each with `probability`.
 
     P(some interval missed) ≤ I (1 − p)^k ≤ I e^{−pk}, so k ≥ log(I/δ)/p. With p ∝ 1/r this is Õ(r), whatever n.
+
+    >>> import gradflow as gf
+    >>> gf.sufficient_width(intervals=5, probability=0.1, delta=0.01)
+    63
     """
     if not (intervals >= 1 and 0 < probability <= 1 and 0 < delta < 1):
         raise ValueError(

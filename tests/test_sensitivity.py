@@ -14,7 +14,8 @@ from gradflow import sensitivity
 from gradflow.implicit import moved
 from gradflow.limit import on_data
 
-TIGHT = 1e-11  # of the flows that differences are taken of
+TIGHT = 1e-12  # of the flows that differences are taken of
+STEPS = 1e-4 * jnp.array([1, 1 / 5, 1 / 20, 1 / 80])  # of these
 FINE = 1e-10  # of those that are differentiated
 
 
@@ -51,18 +52,25 @@ def gf_batch(w, b, v):
 
 
 @eqx.filter_jit
-def differences(net, x, time, y, seeds, step):
-    """Richardson's extrapolation of central differences, its distance from the plain ones, and events counted."""
+def differences(net, x, time, y, seeds):
+    """Derivatives by Richardson's extrapolation of central differences, from the two of `STEPS` that agree best; how
+    well they agree, relative to the largest; and events counted.
+    """
 
     def at(seed, h):
         moved = jax.tree.map(lambda a, d: a + h * d, (net, x, time), seed)
         out, flow = ends(*moved, y, TIGHT)
-        return flat(out), flow.events
+        return flat(out)[:-1], flow.events
 
-    values, events = jax.vmap(lambda seed: jax.vmap(lambda h: at(seed, h))(jnp.array([1, -1, 0.5, -0.5]) * step))(seeds)
-    wide = (values[:, 0] - values[:, 1]) / (2 * step)
-    near = (values[:, 2] - values[:, 3]) / step
-    return (4 * near - wide) / 3, near, events
+    signed = STEPS[:, None] * jnp.array([[1, -1, 0.5, -0.5]])
+    values, events = jax.vmap(lambda seed: jax.vmap(jax.vmap(lambda h: at(seed, h)))(signed))(seeds)
+    wide = (values[:, :, 0] - values[:, :, 1]) / (2 * STEPS[None, :, None])
+    near = (values[:, :, 2] - values[:, :, 3]) / STEPS[None, :, None]
+    found = (4 * near - wide) / 3
+    size = jnp.max(jnp.abs(found[:, -1]), axis=1)
+    apart = jnp.max(jnp.abs(found[:, 1:] - found[:, :-1]), axis=2) / size[:, None]
+    best = jnp.argmin(apart, axis=1)
+    return found[jnp.arange(len(best)), best + 1], jnp.min(apart, axis=1), events[0, 0, 0]
 
 
 @eqx.filter_jit
@@ -84,21 +92,19 @@ def backward(net, x, time, y, weights):
     return jax.vmap(one)(weights)
 
 
-def compare(seed, time, count, step=1e-4, **sizes):
-    """Errors of derivatives in `count` directions, relative to the largest in each direction; whether each difference
-    tells that much; and how many events the flow had.
+def compare(seed, time, count, **sizes):
+    """Errors of derivatives in `count` directions, relative to the largest in each direction; whether differences tell
+    that much; and how many events the flow had.
     """
     net, x, y = problem(seed, **sizes)
     seeds = directions(net, x, jr.key(1000 + seed), count)
     time = jnp.asarray(time)
-    exact, near, events = differences(net, x, time, y, seeds, step)
+    exact, unsure, events = differences(net, x, time, y, seeds)
     found, flow = forward(net, x, time, y, seeds)
     assert np.isnan(found[:, -1]).all()
-    exact, near, found = exact[:, :-1], near[:, :-1], found[:, :-1]
+    found = found[:, :-1]
     assert np.all(flow.sensitivity == gf.Sensitivity.exists), flow.sensitivity
-    size = np.abs(exact).max(axis=1, keepdims=True)
-    told = np.all(events == events[:, :1], axis=1) & (np.abs(exact - near).max(axis=1) <= 1e-4 * size[:, 0])
-    errors = (np.abs(found - exact) / size).max(axis=1)
+    errors = np.abs(found - exact).max(axis=1) / np.abs(exact).max(axis=1)
     weights = jr.normal(jr.key(2000 + seed), (2, exact.shape[1]))
     gradients = backward(net, x, time, y, jnp.pad(weights, ((0, 0), (0, 1))))
     by_gradient = sum(
@@ -107,7 +113,7 @@ def compare(seed, time, count, step=1e-4, **sizes):
     )
     by_change = weights @ found.T
     np.testing.assert_allclose(by_gradient, by_change, rtol=1e-9, atol=1e-9 * np.abs(by_change).max())
-    return errors, told, int(events[0, 0])
+    return errors, np.asarray(unsure) <= 1e-6, int(events)
 
 
 @pytest.mark.parametrize("seed, time", [(0, 0.02), (1, 20.0)])
@@ -117,11 +123,15 @@ def test_derivatives_agree_with_differences_of_flows(seed, time):
     assert events == 0 if time < 1 else events > 10
 
 
+SIZES = {"width": 20, "samples": 30, "frequency": 8.0}, {"width": 32, "samples": 50, "frequency": 9.0}
+
+
 @pytest.mark.slow
 def test_a_thousand_directions_through_up_to_a_hundred_events():
     counts, every = [], []
+    small, large, largest = {}, SIZES[0], SIZES[1]
     for seed in range(50):
-        sizes = {} if seed % 2 else {"width": 20, "samples": 30, "frequency": 8.0}
+        sizes = small if seed % 2 else large if seed < 44 else largest
         errors, told, events = compare(seed, float(0.01 * 10 ** (3.3 * seed / 49)), 20, **sizes)
         print(
             f"{seed}: {events} events, largest error {errors.max():.1e}, {told.sum()} of 20 differences tell that much"
