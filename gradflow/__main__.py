@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ TRIALS = {"none": 384, "around": 64, "thorough": 330}  # in each cell
 QUICK_TRIALS = 32
 SNAPSHOTS = 200
 DPI = 200
+QUIET = 30.0  # seconds without a word, where there is no progress bar
 MERGE, DROP = 0.01, 0.01  # of the effective region count before the limit: a share of the data's length, and of Σ|v w|
 FIGURES = (".png", ".pdf", ".svg")
 
@@ -63,9 +65,16 @@ def study(arguments: argparse.Namespace) -> None:
     directory = arguments.path or default_folder(trial, arguments.key, arguments.sweep)
     cells = SWEEPS[arguments.sweep](trial)
     trials = TRIALS[arguments.sweep] if arguments.trials is None else arguments.trials
+    told = time.monotonic()
+    if not sys.stderr.isatty():
+        print("gradflow: compiling, for about a minute unless it is cached", file=sys.stderr, flush=True)
     with tqdm(total=trials * len(cells), unit="trial", desc="compiling", disable=None) as bar:
 
         def progress(now: Progress) -> None:
+            nonlocal told
+            if not sys.stderr.isatty() and time.monotonic() - told > QUIET:
+                told = time.monotonic()
+                print(f"gradflow: {now}", file=sys.stderr, flush=True)
             bar.set_description("trials", refresh=False)
             p = now.interval
             interval = "" if p is None else f", {p.estimate:.2f} [{p.low:.2f}, {p.high:.2f}]"
@@ -102,6 +111,7 @@ def flow(arguments: argparse.Namespace) -> None:
     net = ReluNetwork.random(key, arguments.width, arguments.scheme, arguments.scale)
     until = Until() if arguments.log_loss is None else Until(log_loss=arguments.log_loss)
     loss = LOSSES[arguments.loss]()
+    print("gradflow: compiling and integrating", file=sys.stderr, flush=True)
     result = integrate(net, data, loss, until, save=SNAPSHOTS, max_steps=arguments.max_steps)
     print(report(f"{arguments.points}: {described(points)}", data, result))
     flow_figure(result, data, merge=MERGE * _length(data), drop=DROP).savefig(target, dpi=DPI)

@@ -50,6 +50,11 @@ class Claim(NamedTuple):
     unresolved: int
     note: str
 
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.verdict}, {self.measured}, asked {self.asked}; "
+        text += f"{self.holds} hold, {self.fails} fail, {self.unresolved} unresolved"
+        return f"{text} ({self.note})" if self.note else text
+
 
 def check_levels(confidence: float, delta: float) -> None:
     """**Raises** `ValueError` unless both are probabilities that leave digits for what is computed from them."""

@@ -6,9 +6,7 @@ import operator
 from numbers import Real
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import betaln, xlog1py, xlogy
-from scipy.stats import beta, binom
+from scipy.special import betainccinv, betaincinv, betaln, xlog1py, xlogy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +58,8 @@ def estimate_probability(successes, resolved, confidence=0.99, *, unresolved=0) 
     successes, trials, possible = _counts(successes, resolved, unresolved, confidence)
     tail = (1 - confidence) / 2
     # At the ends of the range the tail to invert is empty, and the limit is the end itself.
-    low = beta.ppf(tail, successes, trials - successes + 1) if successes else 0.0
-    high = beta.isf(tail, possible + 1, trials - possible) if possible < trials else 1.0
+    low = betaincinv(successes, trials - successes + 1, tail) if successes else 0.0
+    high = betainccinv(possible + 1, trials - possible, tail) if possible < trials else 1.0
     return Estimate(successes / trials, float(low), float(high), float(confidence))
 
 
@@ -83,6 +81,8 @@ def confidence_sequence(successes, resolved, confidence=0.99, *, unresolved=0) -
     >>> print(confidence_sequence(98, 100))
     0.9800 [0.8700, 0.9999] at 99 %
     """
+    from scipy.optimize import brentq  # takes half as long to import as JAX
+
     successes, trials, possible = _counts(successes, resolved, unresolved, confidence)
     budget = -math.log1p(-confidence)
 
@@ -125,6 +125,8 @@ def estimate_quantile(values, quantile, confidence=0.99, *, unresolved=0) -> Est
     if np.isnan(values).any():
         raise ValueError("a draw is NaN; count it as unresolved")
     _check_inside(quantile=quantile, confidence=confidence)
+    from scipy.stats import binom  # takes as long to import as JAX
+
     tail = (1 - confidence) / 2
     rank = np.arange(trials + 1)
     first = int(np.sum(binom.cdf(rank, trials, quantile) <= tail))  # the largest l with P(fewer than l) ≤ tail

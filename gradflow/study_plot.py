@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from gradflow.claim import CONFIDENCE, DELTA
@@ -42,6 +43,9 @@ def claims(ax: Axes, claims) -> list[Artist]:
     # From the next tenth below the widest interval: probabilities near 1 are the interesting ones.
     left = max(0.0, np.floor(10 * min(c.measured.low for c in claims) - 0.2) / 10)
     ax.set_xlim(left, 1 + 0.02 * (1 - left))
+    verdicts = dict.fromkeys(claim.verdict for claim in claims)
+    kinds = [Line2D([], [], color=VERDICTS[v], marker="o", ms=5, lw=1.6, label=v) for v in verdicts]
+    artists.append(legend_above(ax, handles=[*kinds, Line2D([], [], color=BLACK, lw=1.0, ls=":", label="asked")]))
     ax.grid(axis="x", color="0.9", lw=0.6)
     ax.set_axisbelow(True)
     ax.set_xlabel(f"probability, with its exact {claims[0].measured.confidence:.0%} interval")
@@ -105,7 +109,7 @@ def regions(ax: Axes, dataset) -> list[Artist]:
     centres = edges[:-1] + 0.5
     artists: list[Artist] = list(ax.bar(centres, share(count), width=0.8, color=BLUE, alpha=0.75, label="certified"))
     artists += ax.bar(centres, share(count[best]), width=0.45, color=ORANGE, label="global optimum")
-    artists.append(ax.axvline(float(np.mean(floors)), color=BLACK, lw=1.0, ls=":", label="least"))
+    artists.append(ax.axvline(float(np.mean(floors)), color=BLACK, lw=1.0, ls=":", label="least (mean)"))
     ax.set_xlim(0.5, top + 0.5)
     ax.set_xlabel("linear regions of the limit")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -132,8 +136,10 @@ def population_error(ax: Axes, dataset) -> list[Artist]:
     x = np.sort(np.maximum(error[resolved], edge))
     share = np.arange(1, x.size + 1) / error.size
     right = 10 ** np.ceil(np.log10(np.max(x, initial=1.01 / samples)))
+    zeros = int(np.sum(error[resolved] == 0))
+    label = f"trials ({zeros} with error 0, at the edge)" if zeros else "trials"
     steps = np.concatenate([[edge], x, [right]]), np.concatenate([[0], share, share[-1:] if x.size else [0]])
-    artists: list[Artist] = list(ax.step(*steps, where="post", color=BLUE, lw=1.5, label="trials"))
+    artists: list[Artist] = list(ax.step(*steps, where="post", color=BLUE, lw=1.5, label=label))
     artists.append(ax.axvline(1 / samples, color=BLACK, lw=1.0, ls=":", label=f"1/n, n = {samples}"))
     ax.set_xscale("log")
     ax.set_xlim(edge, right)

@@ -34,6 +34,14 @@ class Progress(NamedTuple):
     rate: float
     left: float
 
+    def __str__(self) -> str:
+        parts = [f"{self.done} of {self.trials} trials", *(f"{count} {name}" for name, count in self.verdicts.items())]
+        if self.interval is not None:
+            parts.append(str(self.interval))
+        if math.isfinite(self.left):
+            parts.append(f"{self.rate:.1f} trials/s, {self.left:.0f} s left")
+        return ", ".join(parts)
+
 
 class Watch:
     """Of the studies in these stores, each of so many trials. `possible`: step attempts that the lanes of all engines

@@ -168,7 +168,7 @@ def test_regions_are_shares_of_all_trials(ax):
         return {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in bars if bar.get_height()}
 
     assert shares(0.8) == {4: 0.25, 5: 0.5} and shares(0.45) == {4: 0.25}
-    assert by_label(artists, "least").get_xdata()[0] == 3
+    assert by_label(artists, "least (mean)").get_xdata()[0] == 3
     assert labels(ax) == ("linear regions of the limit", "share of trials\n(1 of 4 unresolved)")
 
 
