@@ -29,8 +29,11 @@ def case(name):
     return gf.ReluNetwork(w, b, v), gf.Dataset(np.array(x), np.array(y)), time
 
 
+SLOW = ("points symmetric about 0", "breakpoints far out", "dead from the start")
+
+
 @extended
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_odd_starts_agree_with_extended_precision(name):
     net, data, time = case(name)
     exact = np.asarray(LongDouble(net.w, net.b, net.v, data.x, data.y).run(time), float)

@@ -42,7 +42,7 @@ def test_one_aligned_neuron_follows_its_closed_form_to_log_loss_minus_1000():
     assert float(flow.margin) == pytest.approx(reach / 2, rel=1e-9)
 
 
-@pytest.mark.parametrize("loss", [gf.Exponential(), gf.Logistic()])
+@pytest.mark.parametrize("loss", [gf.Exponential(), pytest.param(gf.Logistic(), marks=pytest.mark.slow)])
 def test_one_point_many_neurons_some_of_which_die(loss):
     w, b, v = (0.5, -1.0, 0.3, 0.8, -0.6), (0.4, 1.5, -0.9, 0.2, 0.1), (0.2, -0.9, 0.7, -1.4, 0.3)
     oracle = OnePoint(0.7, w, b, v)

@@ -142,6 +142,7 @@ def test_a_thousand_directions_through_up_to_a_hundred_events():
     assert np.nanmax(every) <= 1e-6 and np.isnan(every).mean() <= 0.02
 
 
+@pytest.mark.slow
 def test_without_jumps_derivatives_are_wrong(monkeypatch):
     """What every adjoint does that knows nothing of events."""
     net, x, y = problem(1)
@@ -355,10 +356,10 @@ def test_conditions_and_closed_form_move_the_optimum_alike():
     """Two derivations: implicit differentiation of KKT conditions, and that of an explicit formula."""
     x, y = jnp.array([-0.9, -0.7, -0.2, 0.1, 0.3, 0.9]), jnp.array([1.0, -1, -1, 1, -1, 1])
     data = gf.Dataset(x, y)
-    found = gf.max_margin(data)
+    found = eqx.filter_jit(gf.max_margin)(data)
     direction = jr.normal(jr.key(0), x.shape)
     network, _, value = moved(found.network, found.multipliers, jnp.zeros(()), data, direction)
-    _, change = eqx.filter_jvp(lambda x: gf.max_margin(gf.Dataset(x, y)), (x,), (direction,))
+    _, change = eqx.filter_jit(eqx.filter_jvp)(lambda x: gf.max_margin(gf.Dataset(x, y)), (x,), (direction,))
     assert float(value) == pytest.approx(float(change.value), rel=1e-9)
     assert float(change.lower_bound) == pytest.approx(float(change.value), rel=1e-9)
     places = jnp.linspace(-2, 2, 41)
