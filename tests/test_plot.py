@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from gradflow import Dataset, Path, ReluNetwork, Teacher, Until, integrate, plot, study_plot, style
+from gradflow.certificate import kkt_residual
 from gradflow.claim import Claim
 from gradflow.design import around
 from gradflow.record import Verdict
 from gradflow.statistics import Estimate, estimate_probability
+from gradflow.table import claims as study_claims
 from gradflow.trial import Trial
 
 # N(x) = |x| − (x + 1/4): right on all of these points but the last.
@@ -227,6 +229,64 @@ def test_what_is_drawn_against_r_and_n(ax):
     ax.clear()
     lines = {line.get_label(): line for line in plot.error_against_samples(ax, sweep)}
     np.testing.assert_allclose(lines["r/n"].get_ydata(), [4 / 25, 4 / 50, 4 / 100])
+
+
+def test_breakpoints_are_black_where_they_stick(ax):
+    x = float(DATA.x[0])  # of two neurons with w = 1 the first stays there, the second passes
+    path = snapshots([1.0, 2.0, 3.0], [[1, 1]] * 3, [[-x, 0.5 - x], [-x, -x], [-x, -0.5 - x]], [[1, 1]] * 3)
+    artists = plot.breakpoints(ax, path, DATA)
+    (held,) = [a for a in artists if isinstance(a, LineCollection) and to_hex(a.get_colors()[0]) == style.BLACK]
+    np.testing.assert_array_equal([line[:, 1] for line in held.get_segments()], [[x, x], [x, x]])
+
+
+def test_neurons_are_drawn_over_the_norm_with_the_lines_of_the_points(ax):
+    path = snapshots([1.0, 2.0], [[3, 0], [0, 0]], [[0, 0], [8, 0]], [[4, 0], [-6, 0]])
+    artists = plot.neurons(ax, path, DATA)
+    (ways,) = [a for a in artists if isinstance(a, LineCollection)]
+    np.testing.assert_allclose(ways.get_segments()[0], [[0.6, 0], [0, 0.8]])
+    assert to_hex(ways.get_colors()[0]).upper() == style.PURPLE  # v < 0 at the end
+    slopes = [a.get_slope() for a in artists if hasattr(a, "get_slope")]
+    np.testing.assert_array_equal(slopes, -np.asarray(DATA.x))
+
+
+def test_residual_is_that_of_the_certificate_where_points_are_classified(ax):
+    net = ReluNetwork.random(jax.random.key(1), width=8)
+    path = integrate(net, DATA, until=Until(log_loss=-20.0), save=20).check().path
+    (line,) = plot.residual(ax, path, DATA)
+    time, value = line.get_data()
+    last = int(path.count) - 1
+    assert time[-1] == path.log_time[last]
+    end = jax.tree.map(lambda a: a[last], path.network)
+    assert value[-1] == pytest.approx(float(kkt_residual(end, DATA)), rel=1e-12)
+    margins = [float(path.margin[i]) for i in range(last + 1) if np.isfinite(path.log_time[i])]
+    np.testing.assert_array_equal(np.isnan(value), np.asarray(margins) <= 0)
+
+
+def test_claim_table_says_what_the_claims_say(ax):
+    rows = study_claims(STUDY)
+    texts = [a.get_text() for a in plot.claim_table(ax, rows) if isinstance(a, Text)]
+    for claim in rows:
+        assert claim.name in " ".join(texts) and f"{claim.holds} / {claim.fails} / {claim.unresolved}" in texts
+    verdicts = [a for a in ax.texts if a.get_text() in study_plot.VERDICTS]
+    assert [a.get_color() for a in verdicts] == [study_plot.VERDICTS[claim.verdict] for claim in rows]
+
+
+def test_animation_ends_where_the_flow_does(flow, tmp_path):
+    animation = plot.flow_animation(flow, DATA, Teacher(NET), frames=3)
+    animation.save(tmp_path / "flow.gif", writer="pillow", dpi=40)
+    assert (tmp_path / "flow.gif").read_bytes().startswith(b"GIF89a")
+    figure = Figure()
+    update = plot.moving_function(figure.subplots(), flow.path, DATA)
+    curve = update(int(flow.path.count) - 1)[0]
+    expected = np.asarray(flow.final(jnp.asarray(curve.get_xdata()))) / float(flow.final.squared_norm)
+    unit = float(flow.margin) if flow.margin > 0 else 1.0
+    np.testing.assert_allclose(curve.get_ydata(), expected / unit, rtol=1e-9)
+    with pytest.raises(ValueError, match="frames"):
+        plot.flow_animation(flow, DATA, frames=1)
+
+
+def test_figures_show_themselves_in_jupyter(flow):
+    assert plot.flow_figure(flow, DATA)._repr_png_().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
