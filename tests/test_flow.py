@@ -16,7 +16,7 @@ from reference_flow import LongDouble, Reference
 import gradflow as gf
 
 
-def problem(seed, width=8, samples=12, switches=3):
+def problem(seed, width=16, samples=12, switches=3):
     teacher, points, weights = jr.split(jr.key(seed), 3)
     data = gf.Teacher.random(teacher, 4, switches=switches).sample(points, samples)
     return gf.ReluNetwork.random(weights, width), data
@@ -125,7 +125,7 @@ def test_stiff_flow_agrees_with_radau_between_events(time, log_loss):
 
 
 def test_loss_never_rises_and_balance_is_kept():
-    net, data = problem(0, width=16)
+    net, data = problem(0)
     flow = gf.integrate(net, data, until=gf.Until(log_loss=-200.0), save=500)
     path = flow.path
     log_loss = np.asarray(path.log_loss[: int(path.count)])
@@ -135,7 +135,7 @@ def test_loss_never_rises_and_balance_is_kept():
 
 
 def test_physical_time_follows_the_loss_late():
-    net, data = problem(1, width=16)
+    net, data = problem(1)
     flow = gf.integrate(net, data, until=gf.Until(log_loss=-1000.0)).check()
     late = -float(flow.log_loss)
     # theory: log t ≈ Λ − log Λ − log(4γ) with Λ = log 1/L for the mean loss; corrections vanish like 1/Λ.
@@ -185,7 +185,7 @@ def test_zero_neurons_change_nothing():
 
 
 def test_batches_agree_with_single_runs():
-    nets, datas = zip(*(problem(seed, width=16) for seed in range(3)), strict=True)
+    nets, datas = zip(*(problem(seed) for seed in range(3)), strict=True)
 
     def stack(items):
         return jax.tree.map(lambda *a: jnp.stack(a), *items)
@@ -213,7 +213,7 @@ def test_until_time_is_met_exactly_and_until_norm_at_the_first_step_past():
 
 
 def test_default_runs_until_the_limit_is_certified():
-    net, data = problem(1, width=16)
+    net, data = problem(1)
     flow = gf.integrate(net, data).check()
     assert flow.status == gf.Status.certified and flow.separated and flow.limit.certified
     assert "certified" in repr(flow) and repr(flow.limit) in repr(flow)
@@ -221,7 +221,7 @@ def test_default_runs_until_the_limit_is_certified():
 
 
 def test_margin_ignores_the_slots_of_repeated_points():
-    net, data = problem(1, width=16)
+    net, data = problem(1)
     twice = gf.Dataset(jnp.concatenate([data.x, data.x]), jnp.concatenate([data.y, data.y]))
     flow = gf.integrate(net, twice, until=gf.Until(time=2.0), save=8)
     margin = float(jnp.min(data.margins(flow.final)) / flow.final.squared_norm)
@@ -230,7 +230,7 @@ def test_margin_ignores_the_slots_of_repeated_points():
 
 
 def test_float32_stops_where_it_cannot_follow():
-    net, data = (jax.tree.map(lambda a: a.astype(jnp.float32), a) for a in problem(1, width=16))
+    net, data = (jax.tree.map(lambda a: a.astype(jnp.float32), a) for a in problem(1))
     with pytest.raises(ValueError, match="float64"):
         gf.integrate(net, data)
     flow = gf.integrate(net, data, until=gf.Until(norm=1e3))
@@ -280,9 +280,14 @@ def test_infinite_points_under_jit_are_a_status():
     assert run(data.x.at[0].set(jnp.inf)) == gf.Status.non_finite
 
 
+def one_neuron(w, b, v, x, y):
+    """Of the size of `problem`, for which there is a program: with zero neurons and repeated points, both harmless."""
+    net = gf.ReluNetwork(*(jnp.zeros(16).at[0].set(a) for a in (w, b, v)))
+    return net, gf.Dataset(np.repeat(x, 12 // len(x)), np.repeat(y, 12 // len(y)))
+
+
 def test_a_dead_network_stalls():
-    data = gf.Dataset([-0.5, 0.5], [-1, 1])
-    flow = gf.integrate(gf.ReluNetwork([1.0], [-9.0], [1.0]), data)
+    flow = gf.integrate(*one_neuron(1.0, -9.0, 1.0, [-0.5, 0.5], [-1, 1]))
     assert flow.status == gf.Status.stalled and not flow.success
     with pytest.raises(RuntimeError, match="failed"):
         flow.check()
@@ -290,8 +295,7 @@ def test_a_dead_network_stalls():
 
 def test_training_that_cannot_succeed_stalls():
     # One neuron cannot fit − + −: it ends at a stationary point with positive loss.
-    data = gf.Dataset([-1.0, 0.0, 1.0], [-1, 1, -1])
-    flow = gf.integrate(gf.ReluNetwork([1.0], [0.5], [1.2]), data, max_steps=20_000)
+    flow = gf.integrate(*one_neuron(1.0, 0.5, 1.2, [-1.0, 0.0, 1.0], [-1, 1, -1]), max_steps=20_000)
     assert flow.status == gf.Status.stalled
 
 
@@ -313,7 +317,7 @@ def test_conflicting_points_inside_a_batch_are_a_status():
 
 
 def test_float32_works_as_far_as_it_can_and_says_where_it_stops():
-    net, data = problem(1, width=16)
+    net, data = problem(1)
     net, data = jax.tree.map(lambda a: a.astype(jnp.float32), (net, data))
     flow = gf.integrate(net, data, until=gf.Until(log_loss=-20.0), rtol=1e-4, atol=1e-4)
     assert flow.success and flow.final.w.dtype == jnp.float32
@@ -390,7 +394,7 @@ def test_other_tolerances_and_limits_do_not_recompile():
 
 
 def test_path_holds_snapshots_from_start_to_end():
-    net, data = problem(1, width=16)
+    net, data = problem(1)
     flow = gf.integrate(net, data, until=gf.Until(log_loss=-50.0), save=20)
     path, count = flow.path, int(flow.path.count)
     assert 10 <= count <= 20 and path.network.w.shape == (20, 16)
