@@ -70,7 +70,8 @@ def moving_neurons(ax: Axes, path, data) -> Callable[[int], list[Artist]]:
     neurons(ax, path, data)
     for artist in ax.collections:
         artist.set_alpha(0.25)
-    ax.get_legend().remove()
+    if (legend := ax.get_legend()) is not None:
+        legend.remove()
     colours = np.where(np.asarray(path.network.v)[int(path.count) - 1] > 0, GREEN, PURPLE)
     dots = ax.scatter([], [], s=22, linewidths=0, zorder=6)
 
@@ -78,7 +79,7 @@ def moving_neurons(ax: Axes, path, data) -> Callable[[int], list[Artist]]:
         net = _network(path, i)
         size = float(net.squared_norm) ** 0.5
         dots.set_offsets(np.stack([np.asarray(net.w), np.asarray(net.b)], axis=1) / size)
-        dots.set_facecolors(list(colours))
+        dots.set_facecolor(list(colours))
         return [dots]
 
     update(0)

@@ -325,10 +325,9 @@ def solver_of_positive_definite(matrix: Float[Array, "r r"]):
         a, row, column = carry
         pivot = 1 / row[k]
         here = index == k
-        row, factor = jnp.where(here, 1, row) * pivot, jnp.where(here, -1, column)
-        a = a - factor[:, None] * row[None, :]
-        a = jax.lax.dynamic_update_slice(a, row[None, :], (k, 0))
-        a = jax.lax.dynamic_update_slice(a, -(factor * pivot)[:, None], (0, k))
+        a = a - column[:, None] * (row * pivot)[None, :]
+        a = jax.lax.dynamic_update_slice(a, (jnp.where(here, 1, row) * pivot)[None, :], (k, 0))
+        a = jax.lax.dynamic_update_slice(a, (jnp.where(here, 1, -column) * pivot)[:, None], (0, k))
         after = jnp.minimum(k + 1, size - 1)
         return a, a[after, :], a[:, after]
 

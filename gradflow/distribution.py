@@ -38,6 +38,7 @@ class Distribution(eqx.Module):
     def quantile(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
         """The x at which the CDF is u, for u in [0, 1]; inside the support whatever the rounding."""
 
+    @eqx.filter_jit
     def sample(self, key: PRNGKeyArray, samples: int) -> Float[Array, " n"]:
         """`samples` independent draws, shape (n,); draw i depends on (`key`, i) only."""
         dtype = self.support[0].dtype

@@ -132,11 +132,16 @@ class ReluNetwork(eqx.Module):
         if is_concrete(scale) and not (np.greater(scale, 0) and np.isfinite(scale)):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         dtype = jnp.result_type(dtype)
-        index = jnp.arange(width if slots is None else slots)
-        keys = jax.vmap(lambda j: jr.fold_in(key, j))(index)
-        real = jnp.asarray(width, dtype)
-        weights = jax.vmap(lambda k: SCHEMES[scheme](k, real, dtype))(keys)
-        return cls(*(jnp.where(index < width, a, 0) for a in weights)).scaled(jnp.asarray(scale, dtype))
+        count = int(width) if slots is None else slots
+        return cls(*_draw(key, count, jnp.asarray(width), scheme, jnp.asarray(scale, dtype)))
+
+
+@eqx.filter_jit  # outside of jit, one program instead of one for each operation
+def _draw(key, count, width, scheme, scale):
+    index, dtype = jnp.arange(count), scale.dtype
+    keys = jax.vmap(lambda j: jr.fold_in(key, j))(index)
+    weights = jax.vmap(lambda k: SCHEMES[scheme](k, width.astype(dtype), dtype))(keys)
+    return tuple(jnp.where(index < width, a, 0) * scale for a in weights)
 
 
 def _balanced(key, width, dtype):

@@ -235,6 +235,6 @@ class Flow(eqx.Module):
         return (
             f"Flow of {self.final.width} neuron{'s' * (self.final.width > 1)}: {Status[self.status]}\n"
             f"  {self._numbers()} ({self.rejected} rejected)\n"
-            f"  {accuracy}; balancedness drift {self.drift:.1e}, KKT residual {self.residual:.1e}"
+            f"  {accuracy}; balancedness drift {self.drift:.1e}, KKT residual so far {self.residual:.1e}"
             + ("" if self.limit is None else f"\n{self.limit!r}")
         )

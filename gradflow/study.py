@@ -138,7 +138,7 @@ def run_sweep(
 
 
 def replay(dataset: xr.Dataset, trial) -> Flow:
-    """The trial that carries the number `trial` in `dataset`, run again as a `Flow` with 200 snapshots of its path.
+    """The trial that carries the number `trial` in `dataset`, run again as a `Flow` with up to 200 snapshots.
 
     A cell of a sweep is a study: `replay(sweep.isel(cell=3), 17)`.
 

@@ -4,6 +4,8 @@ Every function draws on the `ax` it is given, labels it, and returns the artists
 cells to compare it draws the first.
 """
 
+from fractions import Fraction
+
 import numpy as np
 import xarray as xr
 from matplotlib.artist import Artist
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from gradflow.archive import studies
 from gradflow.claim import CONFIDENCE, DELTA, coded, estimated, has_limit, tally, trial_of
 from gradflow.scaling import alike, all_but, family, proportional, proportional_but_width, quantile_of
-from gradflow.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SIZE, VERMILLION, Picture, finish
+from gradflow.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SIZE, VERMILLION, Picture, finish, legend_above
 from gradflow.theory import generalisation_bound
 
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, BLACK)
@@ -23,7 +25,7 @@ _MARKERS = "os^Dv*"
 def phase_diagram(ax: Axes, sweep: xr.Dataset, confidence: float = CONFIDENCE, delta: float = DELTA) -> list[Artist]:
     """Probability of perfect training accuracy over n and k/r, for the first cell's r.
 
-    The numbers are shares of trials, bold where the exact interval lies above 1 − `delta`.
+    The numbers are shares of trials, bold where the exact interval lies above 1 − `delta`; a dash where no cell is.
     """
     first = trial_of(studies(sweep)[0])
     kind = all_but("samples", "width")
@@ -40,9 +42,11 @@ def phase_diagram(ax: Axes, sweep: xr.Dataset, confidence: float = CONFIDENCE, d
         texts.append(
             ax.text(column, row, f"{p.estimate:.2f}", color=colour, weight=weight, ha="center", va="center", fontsize=9)
         )
+    for row, column in np.argwhere(np.isnan(share)):
+        texts.append(ax.text(column, row, "–", color=GREY, ha="center", va="center", fontsize=9))
     image = ax.imshow(share, cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto")
     ax.set_xticks(range(len(ns)), [str(n) for n in ns])
-    ax.set_yticks(range(len(ks)), [f"{k / first.neurons:g}" for k in ks])
+    ax.set_yticks(range(len(ks)), [str(Fraction(k, first.neurons)) for k in ks])
     ax.set_xlabel("samples n")
     ax.set_ylabel(f"width k/r, r = {first.neurons} teacher neurons")
     return [image, *texts]
@@ -60,21 +64,21 @@ def success_against_width(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
         sizes.setdefault(trial_of(cell).neurons, []).append(cell)
     sizes = {r: group for r, group in sizes.items() if len(group) > 1} or sizes  # a single point is no line
     artists: list[Artist] = [ax.axhline(1 - delta, color=BLACK, lw=1.0, ls=":")]
-    ratios: set[float] = set()
+    ratios: set[Fraction] = set()
     for i, (r, group) in enumerate(sorted(sizes.items())):
         group = sorted(group, key=lambda cell: trial_of(cell).width)
-        x = np.array([trial_of(cell).width / r for cell in group])
-        ratios |= set(x)
+        each = [Fraction(trial_of(cell).width, r) for cell in group]
+        ratios |= set(each)
         parts = [estimated(tally(cell, coded("accuracy_verdict")), confidence) for cell in group]
         # Side by side, so that intervals can be told apart.
-        x = x * 1.04 ** (i - (len(sizes) - 1) / 2)
+        x = np.array(each, float) * 1.04 ** (i - (len(sizes) - 1) / 2)
         artists += _with_intervals(ax, x, parts, i, f"r = {r}")
     ax.set_xscale("log", base=2)
-    ax.set_xticks(sorted(ratios), [f"{c:g}" for c in sorted(ratios)])
+    ax.set_xticks([float(c) for c in sorted(ratios)], [str(c) for c in sorted(ratios)])
     ax.set_ylim(0, 1.03)
     ax.set_xlabel("width over teacher neurons, k/r")
     ax.set_ylabel("P(perfect training accuracy)")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    legend_above(ax)
     return artists
 
 
@@ -97,14 +101,15 @@ def regions_against_neurons(ax: Axes, sweep: xr.Dataset, confidence: float = CON
     ax.set_ylim(bottom=0)
     ax.set_xlabel(f"teacher neurons r (k = {ratio:g} r)")
     ax.set_ylabel("linear regions of the limit")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    legend_above(ax)
     return artists
 
 
 def error_against_samples(ax: Axes, sweep: xr.Dataset, confidence: float = CONFIDENCE, delta: float = DELTA):
     """Population error of certified limits against n: 1 − `delta` quantile with its exact interval, and median.
 
-    Dashed: r/n; dotted: our VC bound for the median number of regions, where it is below 1.
+    Dashed: r/n; dotted: our VC bound for the median number of regions, where it is below 1. A median of 0 is a 0 at the
+    foot of the log axis.
     """
     group = family(sweep, all_but("samples"), "samples")
     cells = sorted(studies(sweep)[:1] if group is None else studies(group), key=lambda cell: trial_of(cell).samples)
@@ -120,9 +125,11 @@ def error_against_samples(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(x, [f"{n:g}" for n in x])
+    foot = dict(transform=ax.get_xaxis_transform(), color=_COLOURS[1], ha="center", va="bottom", fontsize=8)
+    artists += [ax.text(n, 0.01, "0", **foot) for n, p in zip(x, middle, strict=True) if p.estimate == 0]
     ax.set_xlabel("samples n")
     ax.set_ylabel("population error, P(wrong label)")
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
+    legend_above(ax)
     return artists
 
 

@@ -153,18 +153,21 @@ class Teacher(eqx.Module):
         runs = 1 if switches is None else switches + 1
         if is_concrete(min_run) and not 0 <= min_run * runs < 1:
             raise ValueError(f"{runs} label run(s) cannot each have probability {min_run}: lower min_run")
-        dtype = distribution.support[0].dtype
-        min_run = jnp.asarray(min_run, dtype)
-        if switches is None:
-            return cls(_gaussian(key, neurons, min_run, distribution))
-        place, shape = jr.split(key)
-        u = jnp.sort(jr.uniform(place, (switches,), dtype))
-        u = u * (1 - runs * min_run) + min_run * jnp.arange(1, runs, dtype=dtype)
-        z = distribution.quantile(u)
-        if switches == 0:
-            return cls(_constant(shape, neurons, distribution))
-        build = _split if switches < neurons else _interlaced
-        return cls(build(shape, z, neurons, distribution))
+        return cls(_draw(key, neurons, switches, jnp.asarray(min_run, distribution.support[0].dtype), distribution))
+
+
+@eqx.filter_jit  # outside of jit, one program instead of one for each operation: a start takes two seconds less
+def _draw(key, neurons, switches, min_run, distribution) -> ReluNetwork:
+    if switches is None:
+        return _gaussian(key, neurons, min_run, distribution)
+    place, shape = jr.split(key)
+    u = jnp.sort(jr.uniform(place, (switches,), min_run.dtype))
+    u = u * (1 - (switches + 1) * min_run) + min_run * jnp.arange(1, switches + 1, dtype=min_run.dtype)
+    z = distribution.quantile(u)
+    if switches == 0:
+        return _constant(shape, neurons, distribution)
+    build = _split if switches < neurons else _interlaced
+    return build(shape, z, neurons, distribution)
 
 
 def population_error(net: ReluNetwork, teacher: Teacher, distribution: Distribution) -> Float[Array, ""]:

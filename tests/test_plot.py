@@ -216,7 +216,7 @@ def test_what_a_phase_diagram_shows(ax):
     studies = [planted.study(t, 40, accuracy_verdict=o) for t, o in zip(cells, outcomes, strict=True)]
     image, *texts = plot.phase_diagram(ax, planted.sweep(*studies))
     np.testing.assert_array_equal(image.get_array(), np.ma.masked_invalid([[0.25, np.nan], [1.0, 0.75]]))
-    assert [text.get_text() for text in texts] == ["1.00", "0.25", "0.75"]
+    assert [text.get_text() for text in texts] == ["1.00", "0.25", "0.75", "–"]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["2", "8"]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["50", "100"]
 
@@ -229,6 +229,18 @@ def test_what_is_drawn_against_r_and_n(ax):
     ax.clear()
     lines = {line.get_label(): line for line in plot.error_against_samples(ax, sweep)}
     np.testing.assert_allclose(lines["r/n"].get_ydata(), [4 / 25, 4 / 50, 4 / 100])
+    assert not ax.texts
+
+
+def test_ratios_that_are_no_whole_numbers_are_fractions(ax):
+    cells = [Trial(neurons=3, switches=2, width=k) for k in (4, 8)]
+    plot.phase_diagram(ax, planted.sweep(*(planted.study(trial, 40) for trial in cells)))
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["4/3", "8/3"]
+
+
+def test_a_median_of_zero_stands_at_the_foot_of_the_log_axis(ax):
+    plot.error_against_samples(ax, some_sweep(population_error=[0.0] * 30 + [0.1] * 10))
+    assert [text.get_text() for text in ax.texts] == ["0", "0", "0"]
 
 
 def test_breakpoints_are_black_where_they_stick(ax):

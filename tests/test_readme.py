@@ -51,10 +51,11 @@ def test_a_sweep_of_ones_own(capsys, tmp_path, monkeypatch):
     assert "samples" in out and "success does not depend on n" in out
 
 
-def test_the_claim_table_is_the_one_of_the_saved_sweep(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--check"])
+@pytest.mark.parametrize("script", ["claims.py", "race_table.py"])
+def test_tables_are_those_of_the_saved_measurements(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "--check"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "benchmarks" / "claims.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
     assert stop.value.code is None
 
 
