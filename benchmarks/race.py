@@ -14,11 +14,11 @@ in torchode, one after the other in SciPy.
     python benchmarks/race_table.py                 # from race.json: rewrite README's table
 
 Two cores (x86_64), JAX 0.10, float64, November 2026, seconds to log L = −60 and the error there: gradflow at 1e-6
-0.108 (4e-8), for 64 trials 6.5 (2e-7); Tsit5 at 1e-6 11.7 (2e-5), 108 times as long, at 1e-4 3.9 (1e-2); Dopri8 279 (3e-6).
-Neither Kvaerno3 nor Kvaerno5, nor SciPy's BDF, got to −1 in ten minutes; LSODA, torchdiffeq and torchode got to −10,
-not to −60. Radau at 1e-4 says that it got to −1000, in 243 s, and is wrong by 0.7. Of 64 trials none but gradflow got
-to −10. At −1000 gradflow takes 0.114 and 7.1, Tsit5 166 and more than 600. The 64 are those of the first 73 that get to
-−1000 by τ = 10⁴: what stands almost still until τ = 10¹⁴ nobody else can follow.
+0.108 (4e-8), for 64 trials 6.5 (2e-7); Tsit5 at 1e-6 11.7 (2e-5), 108 times as long, at 1e-4 3.9 (1e-2); Dopri8 279
+(3e-6). Neither Kvaerno3 nor Kvaerno5, nor SciPy's BDF, got to −1 in ten minutes; LSODA, torchdiffeq and torchode got
+to −10, not to −60. Radau at 1e-4 says that it got to −1000, in 243 s, and is wrong by 0.7. Of 64 trials none but
+gradflow got to −10. At −1000 gradflow takes 0.114 and 7.1, Tsit5 166 and more than 600. The 64 are those of the first
+73 that get to −1000 by τ = 10⁴: what stands almost still until τ = 10¹⁴ nobody else can follow.
 """
 
 import argparse
