@@ -109,7 +109,7 @@ def regions(ax: Axes, dataset) -> list[Artist]:
     centres = edges[:-1] + 0.5
     artists: list[Artist] = list(ax.bar(centres, share(count), width=0.8, color=BLUE, alpha=0.75, label="certified"))
     artists += ax.bar(centres, share(count[best]), width=0.45, color=ORANGE, label="global optimum")
-    artists.append(ax.axvline(float(np.mean(floors)), color=BLACK, lw=1.0, ls=":", label="least (mean)"))
+    artists.append(ax.axvline(float(np.mean(floors)), color=BLACK, lw=1.0, ls=":", label="least"))
     ax.set_xlim(0.5, top + 0.5)
     ax.set_xlabel("linear regions of the limit")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

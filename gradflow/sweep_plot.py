@@ -95,7 +95,7 @@ def regions_against_neurons(ax: Axes, sweep: xr.Dataset, confidence: float = CON
     least = np.array([np.mean(np.maximum(cell["sample_switches"].values, 1)) for cell in cells])
     artists = _with_intervals(ax, x, parts, 0, f"{1 - delta:.0%} quantile")
     artists += ax.plot(x, mean, "s-", color=VERMILLION, ms=4, lw=1.0, label="mean")
-    artists += ax.plot(x, least, ":", color=BLACK, lw=1.0, label="least possible (mean)")
+    artists += ax.plot(x, least, ":", color=BLACK, lw=1.0, label="least (mean)")
     ratio = trial_of(cells[0]).width / trial_of(cells[0]).neurons
     ax.set_xlim(0, 1.05 * x.max())
     ax.set_ylim(bottom=0)

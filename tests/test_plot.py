@@ -170,7 +170,7 @@ def test_regions_are_shares_of_all_trials(ax):
         return {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in bars if bar.get_height()}
 
     assert shares(0.8) == {4: 0.25, 5: 0.5} and shares(0.45) == {4: 0.25}
-    assert by_label(artists, "least (mean)").get_xdata()[0] == 3
+    assert by_label(artists, "least").get_xdata()[0] == 3
     assert labels(ax) == ("linear regions of the limit", "share of trials\n(1 of 4 unresolved)")
 
 
@@ -225,7 +225,7 @@ def test_what_is_drawn_against_r_and_n(ax):
     sweep = some_sweep(population_error=np.arange(1, 41) / 400, regions=[4] * 20 + [6] * 20)
     lines = {line.get_label(): line for line in plot.regions_against_neurons(ax, sweep)}
     np.testing.assert_array_equal(lines["mean"].get_xydata(), [[4, 5], [8, 5]])
-    np.testing.assert_array_equal(lines["least possible (mean)"].get_ydata(), [4, 4])
+    np.testing.assert_array_equal(lines["least (mean)"].get_ydata(), [4, 4])
     ax.clear()
     lines = {line.get_label(): line for line in plot.error_against_samples(ax, sweep)}
     np.testing.assert_allclose(lines["r/n"].get_ydata(), [4 / 25, 4 / 50, 4 / 100])
