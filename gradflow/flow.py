@@ -41,6 +41,7 @@ from gradflow.loss import Exponential, Loss
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.outcome import Flow, Until
 from gradflow.sensitivity import check_solver, differentiated
+from gradflow.undefined import undefined
 
 
 def integrate(
@@ -171,10 +172,8 @@ def _flow_jvp(primals, tangents, *, loss, solvers, save, max_steps):
     if until.certifies:
         flow = _flow(*primals, loss=loss, solvers=solvers, save=save, max_steps=max_steps)
         # It ends with a step, which is no differentiable function of anything; its limit is.
-        changes = [jnp.sum(leaf) for leaf in jax.tree.leaves((seed_net, seed_data.x))]
-        out = jax.tree.map(
-            lambda a: jnp.nan * sum(changes) * jnp.ones_like(a) if eqx.is_inexact_array(a) else None, flow
-        )
+        moves = jnp.concatenate(jax.tree.leaves((seed_net, seed_data.x)))
+        out = jax.tree.map(lambda a: undefined(moves, a) if eqx.is_inexact_array(a) else None, flow)
         _, change = eqx.filter_jvp(on_data, (flow.limit, data), (jax.tree.map(lambda _: None, flow.limit), seed_data))
         return flow, eqx.tree_at(lambda f: f.limit, out, change)
     if not until.timed:

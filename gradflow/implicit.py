@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 from gradflow.certificate import CERTIFIED, ON
 from gradflow.data import Dataset
 from gradflow.network import ReluNetwork
+from gradflow.undefined import undefined
 
 _NO_WEIGHT = 1e-9  # of the sum of all, that a multiplier or an amplitude must exceed
 _TIGHT = 1e-7  # of margin 1, up to which a margin is one that should have a multiplier
@@ -110,13 +111,20 @@ def conditions(net: ReluNetwork, multipliers: Float[Array, " n"], data: Dataset)
     return found, ~jnp.any(tight & ~support) & ~repeated & (jnp.sum(support) <= held)
 
 
+def lasts(
+    net: ReluNetwork, multipliers: Float[Array, " n"], residual: Float[Array, ""], data: Dataset
+) -> Bool[Array, ""]:
+    """Whether a KKT point, certified to `residual`, stays one of the same kind when the data move a little."""
+    return conditions(net, multipliers, data)[1] & (residual <= CERTIFIED)
+
+
 def moved(
     net: ReluNetwork, multipliers: Float[Array, " n"], residual: Float[Array, ""], data: Dataset, x: Float[Array, " n"]
 ) -> tuple[ReluNetwork, Float[Array, " n"], Float[Array, ""]]:
     """Tangents of the network, the multipliers and the value ½‖θ‖² of a KKT point with minimum margin 1 when the inputs
     have the tangents `x`; linear in them.
     """
-    held, lasting = conditions(net, multipliers, data)
+    (held, _), sound = conditions(net, multipliers, data), lasts(net, multipliers, residual, data)
     lam = jnp.where(held.counts, multipliers[held.rows], 0)
     a = jnp.where(held.live, jnp.hypot(net.w, net.b) * jnp.abs(net.v), 0)
     unknowns, total = (lam, a), jnp.sum(lam)
@@ -134,15 +142,12 @@ def moved(
     most = jnp.maximum(jnp.max(jnp.abs(matrix), axis=0), jnp.max(jnp.abs(matrix), axis=1))
     scale = jnp.where(most > 0, 1 / jnp.sqrt(jnp.where(most > 0, most, 1)), 1)
     inverse = jnp.linalg.pinv(scale[:, None] * matrix * scale[None, :], rtol=_SINGULAR)
-    inverse = scale[:, None] * inverse * scale[None, :]
+    inverse = jnp.where(sound, scale[:, None] * inverse * scale[None, :], 0)
 
     rate = jax.jvp(lambda x: gaps(flat, x), (data.x,), (x,))[1]
     change = -total * (inverse @ rate)
-    sound = lasting & (residual <= CERTIFIED)
-    # NaN times the change, so that all stays linear in it.
-    factor = jnp.where(sound, 1, jnp.nan)
-    change_lam, change_a = factor * change[:cut], factor * change[cut:]
-    network = jax.jvp(held.network, (unknowns, data.x), ((change_lam, change_a), factor * x))[1]
+    change_lam, change_a = change[:cut], change[cut:]
+    network = jax.jvp(held.network, (unknowns, data.x), ((change_lam, change_a), x))[1]
     spread = jnp.zeros_like(multipliers).at[held.rows].add(change_lam)
 
     def lagrangian(x):
@@ -151,5 +156,5 @@ def moved(
         e = jnp.where(held.on[None], held.directions(lam, x), free)
         return -jnp.sum(lam * held.margins(a, e, at))
 
-    value = jax.jvp(lagrangian, (data.x,), (factor * x,))[1]
-    return network, spread, value
+    value = jax.jvp(lagrangian, (data.x,), (x,))[1]
+    return jax.tree.map(lambda a: jnp.where(sound, a, undefined(x, a)), (network, spread, value))

@@ -156,6 +156,8 @@ def on_data(found: Limit, data: Dataset) -> Limit:
 def _on_data_jvp(primals, tangents):
     (found, data), (_, seed) = primals, tangents
     found, constant = on_data(found, data), jax.tree.map(lambda _: None, found)
+    if seed.y is not None:
+        raise ValueError("a limit is differentiated by the inputs data.x, and by nothing else")
     if seed.x is None:
         return found, constant
     change = moved(found.network, found.multipliers, jnp.where(found.certified, found.residual, jnp.inf), data, seed.x)

@@ -23,10 +23,11 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow.clarke import Points
 from gradflow.data import Dataset
-from gradflow.implicit import moved
+from gradflow.implicit import lasts, moved
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots
 from gradflow.program import lower_bound, neurons_held, solve
+from gradflow.undefined import undefined
 
 _SIZES = (24, 64)  # points in the program at a time: at first, and if that proves nothing
 _EXCHANGES = 6  # of points without multipliers for violated ones
@@ -112,6 +113,8 @@ def _optimum(data: Dataset) -> Optimum:
 @_optimum.def_jvp
 def _optimum_jvp(primals, tangents):
     (data,), (seed,) = primals, tangents
+    if seed.y is not None:
+        raise ValueError("a maximum margin is differentiated by the inputs data.x, and by nothing else")
     found = _optimum(data)
     residual = jnp.where(found.proved, 0, jnp.inf)
     network, multipliers, value = moved(found.network, found.multipliers, residual, data, seed.x)
@@ -120,8 +123,9 @@ def _optimum_jvp(primals, tangents):
         (closed, applies), (change, _) = eqx.filter_jvp(
             lambda x: _closed(Points(eqx.tree_at(lambda d: d.x, data, x))), (data.x,), (seed.x,)
         )
-        # NaN where the conditions have no derivative: there the formula goes on, but for other data.
-        change = jax.tree.map(lambda a: a + 0 * value, _padded(change, found.network.width))
+        # Where the conditions have no derivative the formula goes on, but for other data.
+        sound = lasts(found.network, found.multipliers, residual, data)
+        change = jax.tree.map(lambda a: jnp.where(sound, a, undefined(seed.x, a)), _padded(change, found.network.width))
         network = jax.tree.map(lambda a, b: jnp.where(applies, a, b), change, network)
         pairs = zip(jax.tree.leaves(closed), jax.tree.leaves(change), strict=True)
         value = jnp.where(applies, sum(jnp.sum(a * b[: closed.width]) for a, b in pairs), value)

@@ -31,6 +31,7 @@ from gradflow.outcome import Flow, Sensitivity, Status
 from gradflow.rosenbrock import Rodas5P
 from gradflow.saltation import absent, judge_events, jump, starts_on_point
 from gradflow.trace import Trace, stride
+from gradflow.undefined import undefined
 
 SLOTS = 1024  # states that are kept, and once more as many
 _SAME = 1e-6  # relative difference up to which a stretch that was integrated anew counts as the same
@@ -218,7 +219,7 @@ def pull(record: Record, asked: Change) -> Change:
     gone, counts = absent(start.net), jax.tree.map(lambda a: a != 0, asked.net)
     undefined = gone & (counts.w | counts.b | counts.v)
     velocity, rate = _velocity(problem, end)
-    tick = jax.vjp(problem.log_time, end.clock)[1](asked.time)[0]
+    tick = jnp.where(asked.time == 0, 0, jax.vjp(problem.log_time, end.clock)[1](asked.time)[0])  # log 0 at time 0
     pairs = zip(jax.tree.leaves(velocity), jax.tree.leaves(asked.net), strict=True)
     time = rate * tick + sum(jnp.sum(a * b) for a, b in pairs)
 
@@ -304,7 +305,8 @@ def differentiated(
     known = jax.tree.map(lambda a: jnp.where(absent(state.net), 0, a), change.net)
     numbers = jax.jvp(ends, (state.net, problem.points.x), (known, change.x))[1]
     flow = eqx.tree_at(lambda f: f.sensitivity, done.flow(), found)
-    out = jax.tree.map(lambda a: change.other * jnp.ones_like(a) if eqx.is_inexact_array(a) else None, flow)
+    out = jax.tree.map(lambda a: undefined(change.other[None], a) if eqx.is_inexact_array(a) else None, flow)
+    time = jnp.where(found == Sensitivity.exists, time, undefined(time[None], time))
     return flow, eqx.tree_at(
         lambda f: (f.final, f.time, f.log_time, f.log_loss, f.margin, f.residual),
         out,

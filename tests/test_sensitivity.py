@@ -13,6 +13,7 @@ import gradflow as gf
 from gradflow import sensitivity
 from gradflow.implicit import moved
 from gradflow.limit import on_data
+from gradflow.undefined import undefined
 
 TIGHT = 1e-12  # of the flows that differences are taken of
 STEPS = 1e-4 * jnp.array([1, 1 / 5, 1 / 20, 1 / 80])  # of these
@@ -282,6 +283,8 @@ def test_nothing_else_is_differentiated():
     ):
         with pytest.raises(ValueError, match="by the initial parameters"):
             jax.grad(function)(jnp.asarray(0.1))
+    with pytest.raises(ValueError, match="by the inputs"):
+        jax.grad(lambda y: gf.max_margin(gf.Dataset(x, y)).value)(y)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         jax.hessian(lambda t: gf.integrate(net, gf.Dataset(x, y), until=gf.Until(time=t)).log_loss)(1.0)
 
@@ -291,6 +294,45 @@ def test_numbers_without_derivative_say_so():
     net, x, y = problem(1)
     asked = backward(net, x, jnp.asarray(0.5), y, jnp.zeros((2, 29)).at[:, -1].set(1.0))
     assert np.isnan(flat(asked)).all()
+
+
+def test_at_time_zero_nothing_has_moved():
+    net, x, y = problem(1)
+    asked = backward(net, x, jnp.asarray(0.0), y, jnp.zeros((2, 29)).at[:, 24].set(1.0))
+    plain = jax.grad(lambda net, x: gf.Exponential().log_mean(y * net(x)), argnums=(0, 1))(net, x)
+    for found, exact in zip(jax.tree.leaves(asked[:2]), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(found[0], exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_a_time_that_was_not_met_has_no_derivative():
+    net, x, y = problem(1)
+
+    def end(t):
+        flow = gf.integrate(net, gf.Dataset(x, y), until=gf.Until(time=t), max_steps=3)
+        return flow.time, flow
+
+    slope, flow = jax.grad(end, has_aux=True)(5.0)
+    assert flow.status == gf.Status.step_limit and np.isnan(slope)
+
+
+def test_what_has_no_derivative_taints_what_looks_at_it_and_nothing_else():
+    def numbers(x):
+        return undefined_at(x), x[0]
+
+    @jax.custom_jvp
+    def undefined_at(x):
+        return jnp.zeros(3)
+
+    undefined_at.defjvp(lambda primals, tangents: (undefined_at(*primals), undefined(tangents[0], jnp.zeros(3))))
+    x = jnp.ones(2)
+    assert np.isnan(jax.jvp(numbers, (x,), (jnp.array([1.0, -1.0]),))[1][0]).all()
+    assert np.isnan(jax.grad(lambda x: numbers(x)[0] @ jnp.array([1.0, -1.0, 0.0]))(x)).all()
+    for looks_away in (
+        lambda x: jnp.sum(jax.vmap(lambda x: numbers(x)[1])(x[None])),
+        lambda x: 0 * numbers(x)[0][0] + numbers(x)[1],
+    ):
+        np.testing.assert_array_equal(jax.grad(looks_away)(x), [1, 0])
 
 
 # --- the limit ------------------------------------------------------------------------------------------------------
@@ -332,6 +374,12 @@ def test_limit_moves_as_its_conditions_say(seed):
     still, through = jax.grad(lambda net, x: gf.integrate(net, gf.Dataset(x, y)).limit.value, argnums=(0, 1))(net, x)
     np.testing.assert_allclose(through, jax.grad(lambda x: numbers(x)[0])(x), rtol=1e-9)
     assert np.all(flat(still) == 0)
+
+    def beside(x):  # as in a batch, where every output has a weight
+        flow = gf.integrate(net, gf.Dataset(x, y))
+        return flow.limit.value + 0 * flow.log_loss + 0 * jnp.sum(flow.final.w)
+
+    np.testing.assert_allclose(jax.grad(beside)(x), through, rtol=1e-12)
 
 
 @pytest.mark.parametrize("y", [(1, 1, 1, 1), (1, 1, -1, -1), (1, -1, -1, 1), (1, -1, 1, -1)])
