@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument("--trials", type=int, help=f"number of trials in each cell (default: {defaults})")
     quick = f"{QUICK_TRIALS} trials of one cell, to see it work"
     count.add_argument("--quick", action=_Preset, const=("none", QUICK_TRIALS), help=quick)
-    full = "the thorough sweep: every claim, over 10,000 trials, 30 minutes on two cores"
+    full = "the thorough sweep: every claim, over 10,000 trials, half an hour or more on two cores"
     count.add_argument("--full", action=_Preset, const=("thorough", None), help=full)
     several.add_argument(
         "--sweep", choices=SWEEPS, default="around", help="experiments around the one described" + default

@@ -90,7 +90,7 @@ def regions_are_bounded(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA)
     widths, neurons = (", ".join(str(getattr(trial_of(cell), name)) for cell in cells) for name in ("width", "neurons"))
     note = f"of the certified limit; 32 r + 67 = {', '.join(map(str, bounds))} is a reported bound"
     note += "" if wide else ", and vacuous"
-    note += f"; here r = {neurons}, and {widths} neurons can have one region more than there are neurons"
+    note += f"; here r = {neurons}, and a network of {widths} neurons can have a region more than neurons"
     claim = probable("at most 32r + 67 linear regions", cells, coded("regions_verdict"), confidence, delta, note)
     return claim if wide else _vacuous(claim)
 
@@ -120,26 +120,28 @@ def regions_are_twice_the_least(dataset: xr.Dataset, confidence=CONFIDENCE, delt
 def error_is_bounded(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> Claim:
     """No limit has a population error above `generalisation_bound` for its regions and δ = `delta`.
 
-    The bound is about classifiers that fit the sample, so where training failed there is none to exceed it. In a sweep,
-    this is about the cells of which the bound says something for 2 r + 2 regions, if there are any.
+    The bound is about classifiers that fit the sample, so trainings that failed have no part in this. In a sweep, it is
+    about the cells of which the bound says something for 2 r + 2 regions, if there are any.
     """
     cells, most = studies(dataset), []
     trials = [trial_of(cell) for cell in cells]
     says = [float(generalisation_bound(2 * t.neurons + 2, t.samples, delta)) < 1 for t in trials]
-    cells = [cell for cell, yes in zip(cells, says, strict=True) if yes] or cells[:1]
+    cells = [_trained(cell) for cell in [c for c, yes in zip(cells, says, strict=True) if yes] or cells[:1]]
 
     def counted(cell):
         certified = has_limit(cell)
         bound = np.asarray(generalisation_bound(cell["regions"].values, trial_of(cell).samples, delta))
         most.extend(bound[certified])
-        low, failed = cell["population_error"].values <= bound, cell["accuracy_verdict"].values == Verdict.fails.value
-        return (certified & low) | failed, certified & ~low
+        low = cell["population_error"].values <= bound
+        return certified & low, certified & ~low
 
     claim = probable("error within our VC bound", cells, counted, confidence, delta)
     sizes = ", ".join(str(n) for n in sorted({trial_of(cell).samples for cell in cells}))
     note = f"the bound is {min(most, default=math.nan):.2f} to {max(most, default=math.nan):.2f} at n = {sizes}"
     if any(b < 1 for b in most):
-        return claim._replace(note=f"{note}; where training failed nothing exceeds it")
+        few, many = (f(cell.sizes["trial"] for cell in cells) for f in (min, max))
+        count = f"{few} to {many} in each of {len(cells)} cells" if len(cells) > 1 else f"{few} of them"
+        return claim._replace(note=f"{note}; among trainings that did not fail, {count}")
     return _vacuous(claim._replace(note=f"{note}, and vacuous"))
 
 
@@ -243,4 +245,8 @@ def _near(name, dataset, variable, within, confidence, delta, note) -> Claim:
 
 def _not_failed(dataset: xr.Dataset) -> list[xr.Dataset]:
     """The cells, without trials whose training failed; those that may have are kept, and unresolved."""
-    return [cell.isel(trial=cell["accuracy_verdict"].values != Verdict.fails.value) for cell in studies(dataset)]
+    return [_trained(cell) for cell in studies(dataset)]
+
+
+def _trained(cell: xr.Dataset) -> xr.Dataset:
+    return cell.isel(trial=cell["accuracy_verdict"].values != Verdict.fails.value)

@@ -93,7 +93,7 @@ class Limit(eqx.Module):
     - `residual`: relative KKT residual, recomputed from `network` and `multipliers`;
     - `resolution`: 1e-10 of the length of the data, within which two breakpoints are one;
     - `disagreement`: relative difference between `value` and that from the earlier state of the flow;
-    - `certified`: that the function N* is the limit; `status`.
+    - `certified`: whether the function N* passed the certificate above; `status`.
 
     `network`, `multipliers`, `value` and what is made of them can be differentiated by the inputs (`implicit.py`): a
     limit that is certified stays where it is when the initialisation moves a little.

@@ -78,7 +78,7 @@ class Sensitivity(eqx.Enumeration):
     too_long = "The flow took more accepted steps than can be gone back over: 1,048,576. Ask for less time."
 
 
-_SETTLED = 0.3  # 1, 0.3, 0.1 and 0.02 give the same limits (`benchmarks/limits.py`), and later takes more steps
+_SETTLED = 0.3  # 1 and 0.3 give limits of the same value (`benchmarks/limits.py`), and later takes more steps
 
 
 class Until(eqx.Module):

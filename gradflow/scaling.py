@@ -102,8 +102,8 @@ def regions_grow_linearly(sweep: xr.Dataset, confidence=CONFIDENCE, quantile=1 -
     slope = f"{(ends[1].estimate - ends[0].estimate) / more:.2f} [{low:.2f}, {high:.2f}]"
     least = [float(np.mean(np.maximum(cell["sample_switches"].values, 1))) for cell in (cells[0], cells[-1])]
     found = [f"{quantile_of(cell, 'regions', quantile, confidence).estimate:g}" for cell in cells]
-    note = f"{quantile:g} quantile {_along(cells, 'neurons', found)}; {slope} more for each r, "
-    note += f"of the least possible {(least[1] - least[0]) / more:.2f}"
+    note = f"{quantile:g} quantile among certified limits, {_along(cells, 'neurons', found)}; {slope} more for each "
+    note += f"teacher neuron, where the least possible grows by {(least[1] - least[0]) / more:.2f}"
     note += _why_open(cells, "neurons", measured, quantile)
     verdict = decide(measured, most=1 + slack)
     name = "linear regions grow like r"
@@ -123,7 +123,7 @@ def error_falls_with_samples(sweep: xr.Dataset, confidence=CONFIDENCE, quantile=
     scaled = [
         f"{q * trial_of(cell).samples / trial_of(cell).neurons:.2f}" for q, cell in zip(found, cells, strict=True)
     ]
-    note = f"{quantile:g} quantile, in r/n: {_along(cells, 'samples', scaled)}"
+    note = f"{quantile:g} quantile among certified limits, in r/n: {_along(cells, 'samples', scaled)}"
     note += _why_open(cells, "samples", measured, quantile)
     verdict = decide(measured, most=slack - 1)
     name = "population error falls like 1/n"

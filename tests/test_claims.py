@@ -117,6 +117,13 @@ def test_training_that_failed_is_no_part_of_what_the_late_phase_claims():
     assert nothing.verdict == "undecided" and (nothing.measured.low, nothing.measured.high) == (0, 1)
 
 
+def test_training_that_failed_is_within_no_bound():
+    trial = dataclasses.replace(TRIAL, samples=1000)
+    few = claims.error_is_bounded(planted.study(trial, MANY, accuracy_verdict=share(5, MANY - 5)))
+    assert (few.holds, few.fails, few.unresolved, few.verdict) == (5, 0, 0, "undecided")
+    assert "5 of them" in few.note
+
+
 def test_a_vacuous_bound_is_called_vacuous():
     narrow = dataclasses.replace(TRIAL, neurons=4, width=194)
     wide = dataclasses.replace(narrow, width=195)
