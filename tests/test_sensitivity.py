@@ -259,6 +259,16 @@ def test_no_derivative_between_two_courses():
     assert len(statuses) > 1
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="where every event is met, a neuron that rests at w = b = 0 is met for ever")
+@pytest.mark.parametrize("seed", [158, 178, 233])
+def test_a_neuron_that_comes_to_rest_at_the_origin(seed):
+    _, x, y = problem(seed)
+    net = gf.ReluNetwork.random(jr.key(seed), 8, "gaussian")
+    (_, flow), _ = jax.jvp(lambda t: ends(net, x, t, y, 1e-6), (jnp.asarray(8.0),), (jnp.ones(()),))
+    assert flow.sensitivity == gf.Sensitivity.exists
+
+
 # --- misuse ---------------------------------------------------------------------------------------------------------
 
 
