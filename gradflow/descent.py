@@ -74,7 +74,7 @@ def descend(
     key: PRNGKeyArray | None = None,
     save: int | None = None,
 ) -> Descent:
-    """Trains `net` on `data` with any transformation of Optax.
+    """Trains `net` on `data` with any transformation of Optax that needs gradients only.
 
     **Arguments** `optimiser`: such as `optax.sgd(0.1)` or `optax.adam(1e-3)`; `steps`: how many, may be traced; `loss`:
     default `Exponential()`; `objective`: `"loss"` or `"log_loss"`, of which gradients are taken; `batch`: points in a
@@ -109,7 +109,9 @@ def descend(
         raise ValueError(f"steps must be a whole number, not negative, got {steps}")
     if data.x.dtype != net.w.dtype:
         raise ValueError(f"the network is {net.w.dtype} and the data {data.x.dtype}: convert one of them")
-    return _descend(net, data, optimiser, jnp.asarray(steps), loss, objective, batch, key, save)
+    steps = jnp.asarray(int(steps) if is_concrete(steps) else steps)
+    save = None if save is None else int(save)
+    return _descend(net, data, optimiser, steps, loss, objective, batch, key, save)
 
 
 @eqx.filter_jit
@@ -148,6 +150,7 @@ def _descend(net, data, optimiser, steps, loss, objective, batch, key, save):
     path = None if save is None else record(Path.empty(save, net), net, begin, jnp.array(True))
     carry = (net, optimiser.init(eqx.filter(net, eqx.is_array)), begin, path)
     net, _, number, path = jax.lax.while_loop(goes_on, body, carry)
-    path = record(path, net, number, number > 0)
+    if path is not None:  # unless it is the last already
+        path = record(path, net, number, number > path.time[path.count - 1])
     status = DescentStatus.where(jnp.isfinite(net.squared_norm), DescentStatus.done, DescentStatus.diverged)
     return Descent(net, status, number, *numbers(net), path)

@@ -123,6 +123,7 @@ def integrate(
             f"{what} needs float64: call jax.config.update('jax_enable_x64', True) before making arrays, or ask for "
             f"less, such as Until(log_loss={FLOAT32_LOG_LOSS})"
         )
+    save = None if save is None else int(save)
     tolerances = jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype)
     return _integrate(net, data, loss, until, *tolerances, solvers, save, jnp.asarray(max_steps))
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gradflow.certificate import kkt_residual
+from gradflow.outcome import Status
 from gradflow.piecewise import Piecewise, knots
 from gradflow.style import (
     BLACK,
@@ -204,10 +205,12 @@ def flow_figure(flow, data, teacher=None, *, merge=0.0, drop=0.0) -> Figure:
     and margin, KKT residual.
 
     `merge` (units of x) and `drop` say which knots count, as in `linear_regions`. **Raises** `ValueError` for a flow
-    without snapshots.
+    without snapshots, or none after time 0.
     """
     if flow.path is None:
         raise ValueError("this flow kept no snapshots: integrate with save=200")
+    if not _filled(flow.path).any():
+        raise ValueError(f"this flow has no snapshot at a finite log time: {Status[flow.status]}")
     figure = Picture(figsize=TALL, layout="constrained")
     grid = figure.add_gridspec(3, 2)
     top = figure.add_subplot(grid[0, :])

@@ -62,6 +62,8 @@ def worst_placement(
         raise RuntimeError("the limit on these data has no derivative: move the points a little")
     memory, share, ratios = optimiser.init(data.x), 1.0, [float(jnp.exp(found[0]))]
     order = np.argsort(data.x)
+    if not np.all(np.diff(np.asarray(data.x)[order]) > 0):
+        raise ValueError("points that occur twice cannot be moved: leave each in once")
     for _ in range(steps):
         update, later = optimiser.update(-found[3], memory, found[4].x)
         (along,) = jax.tree.leaves(update)

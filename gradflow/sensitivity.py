@@ -82,7 +82,7 @@ def sensed(course: Course) -> tuple[Course, Trace, Sensitivity]:
     state, path, trace, found = jax.lax.while_loop(going, body, (start, course.path, trace, found))
     at_time = (state.status == Status.reached) & (state.time >= problem.until.time.astype(state.time.dtype))
     found = Sensitivity.where(at_time, found, Sensitivity.ended_otherwise)
-    found = Sensitivity.where(state.accepted <= SLOTS**2, found, Sensitivity.too_long)
+    found = Sensitivity.where(state.accepted < SLOTS**2, found, Sensitivity.too_long)
     course = eqx.tree_at(lambda c: (c.state, c.path), course, (state, path), is_leaf=lambda leaf: leaf is None)
     return course, trace, found
 
@@ -140,7 +140,7 @@ class Record(eqx.Module):
             place = jnp.where(state.accepted > before.accepted, state.accepted - first, kept.slots)
             return state, Trace(jax.tree.map(lambda r, a: r.at[place].set(a, mode="drop"), kept.states, state))
 
-        kept = Trace.empty(start, SLOTS)
+        kept = Trace.empty(start, SLOTS + 1)  # of a stretch of SLOTS steps, both ends
         kept = Trace(jax.tree.map(lambda row, a: row.at[0].set(a), kept.states, start))
         going = self.stride > 1
         state, kept = jax.lax.while_loop(

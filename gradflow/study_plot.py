@@ -48,7 +48,7 @@ def claims(ax: Axes, claims) -> list[Artist]:
     artists.append(legend_above(ax, handles=[*kinds, Line2D([], [], color=BLACK, lw=1.0, ls=":", label="asked")]))
     ax.grid(axis="x", color="0.9", lw=0.6)
     ax.set_axisbelow(True)
-    ax.set_xlabel(f"probability, with its exact {claims[0].measured.confidence:.0%} interval")
+    ax.set_xlabel(f"probability, with its exact {100 * claims[0].measured.confidence:g}% interval")
     return artists
 
 

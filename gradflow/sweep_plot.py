@@ -58,9 +58,9 @@ def success_against_width(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
     Dotted: 1 − `delta`.
     """
     neurons = family(sweep, proportional, "neurons")
-    cells = None if neurons is None else alike(sweep, proportional_but_width, trial_of(studies(neurons)[0]))
+    cells = alike(sweep, proportional_but_width, trial_of(studies(sweep if neurons is None else neurons)[0]))
     sizes: dict[int, list[xr.Dataset]] = {}
-    for cell in studies(sweep)[:1] if cells is None else studies(cells):
+    for cell in studies(cells):
         sizes.setdefault(trial_of(cell).neurons, []).append(cell)
     sizes = {r: group for r, group in sizes.items() if len(group) > 1} or sizes  # a single point is no line
     artists: list[Artist] = [ax.axhline(1 - delta, color=BLACK, lw=1.0, ls=":")]
@@ -93,7 +93,7 @@ def regions_against_neurons(ax: Axes, sweep: xr.Dataset, confidence: float = CON
     found = [cell["regions"].values[has_limit(cell)] for cell in cells]
     mean = np.array([np.mean(regions) if regions.size else np.nan for regions in found])
     least = np.array([np.mean(np.maximum(cell["sample_switches"].values, 1)) for cell in cells])
-    artists = _with_intervals(ax, x, parts, 0, f"{1 - delta:.0%} quantile")
+    artists = _with_intervals(ax, x, parts, 0, f"{100 * (1 - delta):g}% quantile")
     artists += ax.plot(x, mean, "s-", color=VERMILLION, ms=4, lw=1.0, label="mean")
     artists += ax.plot(x, least, ":", color=BLACK, lw=1.0, label="least (mean)")
     ratio = trial_of(cells[0]).width / trial_of(cells[0]).neurons
@@ -115,7 +115,9 @@ def error_against_samples(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
     cells = sorted(studies(sweep)[:1] if group is None else studies(group), key=lambda cell: trial_of(cell).samples)
     x = np.array([trial_of(cell).samples for cell in cells], float)
     high, middle = ([quantile_of(cell, "population_error", q, confidence) for cell in cells] for q in (1 - delta, 0.5))
-    artists = _with_intervals(ax, x, high, 0, f"{1 - delta:.0%} quantile") + _with_intervals(ax, x, middle, 1, "median")
+    artists = _with_intervals(ax, x, high, 0, f"{100 * (1 - delta):g}% quantile") + _with_intervals(
+        ax, x, middle, 1, "median"
+    )
     r = trial_of(cells[0]).neurons
     artists += ax.plot(x, r / x, "--", color=GREY, lw=1.0, label="r/n")
     regions = [np.median(cell["regions"].values[has_limit(cell)]) if has_limit(cell).any() else 1 for cell in cells]
@@ -125,8 +127,12 @@ def error_against_samples(ax: Axes, sweep: xr.Dataset, confidence: float = CONFI
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(x, [f"{n:g}" for n in x])
-    foot = dict(transform=ax.get_xaxis_transform(), color=_COLOURS[1], ha="center", va="bottom", fontsize=8)
-    artists += [ax.text(n, 0.01, "0", **foot) for n, p in zip(x, middle, strict=True) if p.estimate == 0]
+    foot = ax.get_xaxis_transform()
+    artists += [
+        ax.text(n, 0.01, "0", transform=foot, color=_COLOURS[1], ha="center", va="bottom", fontsize=8)
+        for n, p in zip(x, middle, strict=True)
+        if p.estimate == 0
+    ]
     ax.set_xlabel("samples n")
     ax.set_ylabel("population error, P(wrong label)")
     legend_above(ax)

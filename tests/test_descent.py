@@ -132,3 +132,9 @@ def test_bad_input_is_refused(start, options, words):
         gf.descend(net, data, optax.sgd(0.1), **({"steps": 10} | options))
     with pytest.raises(ValueError, match="padding"):
         gf.descend(net, data.padded(3), optax.sgd(0.1), 10)
+
+
+def test_a_descent_that_diverges_ends_its_path_once(start):
+    found = gf.descend(*start, optax.sgd(1e6), 1000, save=16)
+    assert found.status == gf.DescentStatus.diverged and np.issubdtype(found.steps.dtype, np.integer)
+    assert np.all(np.diff(np.asarray(found.path.time)[: int(found.path.count)]) > 0)

@@ -232,6 +232,13 @@ def test_what_is_drawn_against_r_and_n(ax):
     assert not ax.texts
 
 
+def test_success_of_one_r_is_drawn_against_every_width(ax):
+    sweep = planted.sweep(*(planted.study(Trial(width=k), 40) for k in (8, 16, 32)))
+    artists = plot.success_against_width(ax, sweep)
+    (line,) = [a for a in artists if hasattr(a, "get_xdata") and len(a.get_xdata()) == 3 and a.get_linestyle() == "-"]
+    np.testing.assert_allclose(line.get_xdata(), [2, 4, 8])
+
+
 def test_ratios_that_are_no_whole_numbers_are_fractions(ax):
     cells = [Trial(neurons=3, switches=2, width=k) for k in (4, 8)]
     plot.phase_diagram(ax, planted.sweep(*(planted.study(trial, 40) for trial in cells)))
@@ -309,6 +316,12 @@ def flow():
 
 def test_flow_figure_is_legible(flow):
     check_legible(plot.flow_figure(flow, DATA, Teacher(NET)), panels=6)
+
+
+def test_a_flow_that_has_not_begun_cannot_be_drawn():
+    flow = integrate(NET, DATA, until=Until(time=0.0), save=8)
+    with pytest.raises(ValueError, match="finite log time"):
+        plot.flow_figure(flow, DATA)
 
 
 def test_flow_figure_needs_snapshots(flow):

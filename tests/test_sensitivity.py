@@ -161,16 +161,17 @@ def test_without_jumps_derivatives_are_wrong(monkeypatch):
 
 
 @pytest.mark.slow
-def test_long_flows_are_gone_over_in_stretches(monkeypatch):
+@pytest.mark.parametrize("slots", [32, 16])  # strides of 8, and of as many steps as there are slots
+def test_long_flows_are_gone_over_in_stretches(slots, monkeypatch):
     net, x, y = problem(1)
     seeds, weights = directions(net, x, jr.key(0), 6), jr.normal(jr.key(1), (2, 29)).at[:, -1].set(0)
     expected = forward(net, x, jnp.asarray(3.0), y, seeds)[0], backward(net, x, jnp.asarray(3.0), y, weights)
-    monkeypatch.setattr(sensitivity, "SLOTS", 32)
+    monkeypatch.setattr(sensitivity, "SLOTS", slots)
     eqx.clear_caches()
     jax.clear_caches()
     found, flow = forward(net, x, jnp.asarray(3.0), y, seeds)
     again = backward(net, x, jnp.asarray(3.0), y, weights)
-    assert int(flow.steps[0]) > 4 * 32
+    assert 4 * 32 < int(flow.steps[0]) < slots**2
     found, first = found[:, :-1], expected[0][:, :-1]
     np.testing.assert_allclose(found, first, rtol=1e-7, atol=1e-7 * np.abs(found).max())
     np.testing.assert_allclose(flat(again), flat(expected[1]), rtol=1e-7, atol=1e-7 * np.abs(flat(again)).max())
@@ -262,10 +263,10 @@ def test_no_derivative_between_two_courses():
 @pytest.mark.slow
 @pytest.mark.xfail(
     strict=True,
-    reason="where every event is met, a neuron at w = b = 0 that leaves between other points is met for ever",
+    reason="where every event is met, a neuron that rests at w = b = 0 is met for ever",
 )
 @pytest.mark.parametrize("seed", [158, 178, 233])
-def test_a_neuron_that_goes_through_the_origin_and_out_elsewhere(seed):
+def test_a_neuron_that_does_not_pass_the_origin_straight(seed):
     _, x, y = problem(seed)
     net = gf.ReluNetwork.random(jr.key(seed), 8, "gaussian")
     (_, flow), _ = jax.jvp(lambda t: ends(net, x, t, y, 1e-6), (jnp.asarray(8.0),), (jnp.ones(()),))
