@@ -179,7 +179,7 @@ def push(record: Record, seed: Change) -> Change:
     """Forward: what the end makes of a change at the start."""
     problem, end, net = record.problem, record.end, record.start.net
     gone, moved = absent(net), jax.tree.map(lambda a: a != 0, seed.net)
-    undefined = gone & (moved.w | moved.b | moved.v)
+    unknown = gone & (moved.w | moved.b | moved.v)
     seed_net = jax.tree.map(lambda a: jnp.where(gone, 0, a), seed.net)
     order, slot, real, repeated = _slots(problem, record.data)
     inputs = jnp.where(real, seed.x[order], 0)
@@ -209,7 +209,7 @@ def push(record: Record, seed: Change) -> Change:
     anything = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(seed)]))
     none = anything & (~sound | (record.found != Sensitivity.exists)) | jnp.any(repeated[slot] & (inputs != 0))
     lost = jnp.where(none, jnp.nan, 0)
-    net = jax.tree.map(lambda a: jnp.where(undefined, jnp.nan, a + lost), net)
+    net = jax.tree.map(lambda a: jnp.where(unknown, jnp.nan, a + lost), net)
     return Change(net, moving, log_time + lost, jnp.where(anything, jnp.nan, 0))
 
 
@@ -217,7 +217,7 @@ def pull(record: Record, asked: Change) -> Change:
     """Reverse: the transpose of `push`."""
     problem, end, start = record.problem, record.end, record.start
     gone, counts = absent(start.net), jax.tree.map(lambda a: a != 0, asked.net)
-    undefined = gone & (counts.w | counts.b | counts.v)
+    unknown = gone & (counts.w | counts.b | counts.v)
     velocity, rate = _velocity(problem, end)
     tick = jnp.where(asked.time == 0, 0, jax.vjp(problem.log_time, end.clock)[1](asked.time)[0])  # log 0 at time 0
     pairs = zip(jax.tree.leaves(velocity), jax.tree.leaves(asked.net), strict=True)
@@ -246,7 +246,7 @@ def pull(record: Record, asked: Change) -> Change:
     carry = (last, asked.net, tick, own, jnp.array(True))
     _, net, _, (moving, balance), sound = jax.lax.while_loop(lambda c: c[0] >= 0, stretch, carry)
     more = jax.vjp(lambda net: _balance(net, gone), start.net)[1](balance)[0]
-    net = jax.tree.map(lambda a, b: jnp.where(gone, jnp.where(undefined, jnp.nan, 0), a + b), net, more)
+    net = jax.tree.map(lambda a, b: jnp.where(gone, jnp.where(unknown, jnp.nan, 0), a + b), net, more)
     order, slot, real, repeated = _slots(problem, record.data)
     inputs = jnp.where(real, moving[slot], 0)
     inputs = jnp.where(repeated[slot] & (inputs != 0), jnp.nan, inputs)

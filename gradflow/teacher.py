@@ -156,7 +156,7 @@ class Teacher(eqx.Module):
         return cls(_draw(key, neurons, switches, jnp.asarray(min_run, distribution.support[0].dtype), distribution))
 
 
-@eqx.filter_jit  # outside of jit, one program instead of one for each operation: a start takes two seconds less
+@eqx.filter_jit  # outside of jit, one program instead of one for each operation
 def _draw(key, neurons, switches, min_run, distribution) -> ReluNetwork:
     if switches is None:
         return _gaussian(key, neurons, min_run, distribution)
