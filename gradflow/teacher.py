@@ -27,6 +27,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow.data import Dataset
@@ -151,7 +152,7 @@ class Teacher(eqx.Module):
         if switches is not None and not 0 <= switches <= most:
             raise ValueError(f"{neurons} neurons can realise 0 to {most} label switches, not {switches}")
         runs = 1 if switches is None else switches + 1
-        if is_concrete(min_run) and not 0 <= min_run * runs < 1:
+        if is_concrete(min_run) and not 0 <= np.asarray(min_run) * runs < 1:
             raise ValueError(f"{runs} label run(s) cannot each have probability {min_run}: lower min_run")
         return cls(_draw(key, neurons, switches, jnp.asarray(min_run, distribution.support[0].dtype), distribution))
 

@@ -166,6 +166,14 @@ def test_a_teacher_that_cannot_be_found_says_so():
         failed.sample(jr.key(0), 3)
 
 
+def test_a_number_that_jit_only_closes_over_is_checked_too():
+    some, much = jnp.asarray(0.1), jnp.asarray(0.6)
+    teacher = eqx.filter_jit(lambda key: gf.Teacher.random(key, 2, switches=1, min_run=some))(jr.key(0))
+    assert teacher.switches.size == 1
+    with pytest.raises(ValueError, match="lower min_run"):
+        jax.eval_shape(lambda key: gf.Teacher.random(key, 2, switches=1, min_run=much), jr.key(0))
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [
