@@ -102,6 +102,7 @@ def test_one_class_and_one_point_reach_any_loss():
     assert single.status == gf.Status.reached
 
 
+@pytest.mark.slow
 def test_zero_neurons_are_bitwise_harmless():
     net, data = draw(4, 12, 8)
     padded = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros(3)]), net)

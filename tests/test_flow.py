@@ -274,6 +274,7 @@ def test_a_batch_is_refused_with_the_way_to_do_it():
         gf.integrate(jax.tree.map(lambda a: jnp.stack([a, a]), net), data)
 
 
+@pytest.mark.slow
 def test_infinite_points_under_jit_are_a_status():
     net, data = problem(0)
     run = jax.jit(lambda x: gf.integrate(net, gf.Dataset(x, data.y), until=gf.Until(time=1.0)).status)

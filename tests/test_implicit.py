@@ -20,12 +20,12 @@ def limit_numbers(limit):
     return jnp.concatenate([limit.value[None], limit.multipliers, limit.network(PLACES)])
 
 
-@eqx.filter_jit
 def limit_of(net, x, y):
     return gf.integrate(net, gf.Dataset(x, y)).limit
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 2])
 def test_limit_moves_as_its_conditions_say(seed):
     net, x, y = problem(seed, width=16)
     found = limit_of(net, x, y).check()
@@ -75,6 +75,7 @@ def test_optimum_moves_as_differences_say(y):
         np.testing.assert_allclose(change, exact, rtol=1e-6, atol=1e-6 * max(1, np.abs(exact).max()))
 
 
+@pytest.mark.slow
 def test_conditions_and_closed_form_move_the_optimum_alike():
     """Two derivations: implicit differentiation of KKT conditions, and that of an explicit formula."""
     x, y = jnp.array([-0.9, -0.7, -0.2, 0.1, 0.3, 0.9]), jnp.array([1.0, -1, -1, 1, -1, 1])
