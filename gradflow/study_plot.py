@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from gradflow.claim import CONFIDENCE, DELTA
+from gradflow.archive import studies
+from gradflow.claim import CONFIDENCE, DELTA, trial_of
 from gradflow.record import Verdict
 from gradflow.style import BLACK, BLUE, GREY, ORANGE, SIZE, VERMILLION, Picture, finish, legend_above
 from gradflow.table import claims as study_claims
-from gradflow.trial import Trial
 
 VERDICTS = {"holds": BLUE, "contradicted": VERMILLION, "undecided": GREY}
 
@@ -26,6 +26,8 @@ def claims(ax: Axes, claims) -> list[Artist]:
     `note`; it is drawn hollow. Dotted: the probability that is asked for.
     """
     claims = [claim for claim in claims if claim.asked.startswith(">=")]
+    if not claims:
+        raise ValueError("there is no claim about a probability among these")
     rows = np.arange(len(claims))[::-1]
     artists: list[Artist] = []
     for row, claim in zip(rows, claims, strict=True):
@@ -95,6 +97,7 @@ def regions(ax: Axes, dataset) -> list[Artist]:
     What is missing to 100 % has no certified limit. Orange: those of the limits that are the global optimum. A network
     with m sign changes needs at least m regions (one if m = 0): the dotted line is the mean of that over the samples.
     """
+    dataset = _one(dataset)
     total = dataset.sizes["trial"]
     resolved = np.asarray(dataset["regions_verdict"]) != Verdict.unresolved
     count = np.asarray(dataset["regions"])[resolved]
@@ -126,10 +129,11 @@ def population_error(ax: Axes, dataset) -> list[Artist]:
     It is that of the limit. Trials without a certified one are never counted as small, so the curve ends at the share
     of those with one. Dotted: 1/n, the weight of one training point. Errors of exactly 0 enter at the left edge.
     """
+    dataset = _one(dataset)
     error = np.asarray(dataset["population_error"])
     resolved = np.asarray(dataset["regions_verdict"]) != Verdict.unresolved
     resolved = resolved & np.isfinite(error)
-    samples = Trial.from_json(dataset.attrs["trial"]).samples
+    samples = trial_of(dataset).samples
     positive = error[resolved & (error > 0)]
     # Whole decades, so that each has its label.
     edge = 10 ** np.floor(np.log10(0.99 * np.min(positive, initial=1 / samples)))
@@ -154,6 +158,7 @@ def population_error(ax: Axes, dataset) -> list[Artist]:
 
 def study_figure(dataset, confidence: float = CONFIDENCE, delta: float = DELTA) -> Figure:
     """A study at a glance: the claims, the regions, the population error."""
+    dataset = _one(dataset)
     figure = Picture(figsize=SIZE, layout="constrained")
     # Two subfigures, so that the long names of the claims do not squeeze the panels below.
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.3, 1.0], hspace=0.04)[:, 0]
@@ -161,7 +166,7 @@ def study_figure(dataset, confidence: float = CONFIDENCE, delta: float = DELTA) 
     claims(top, study_claims(dataset, confidence, delta))
     regions(left, dataset)
     population_error(right, dataset)
-    trial = Trial.from_json(dataset.attrs["trial"])
+    trial = trial_of(dataset)
     figure.suptitle(
         f"{dataset.sizes['trial']} random trials: r = {trial.neurons} teacher neurons, width k = {trial.width}, "
         f"n = {trial.samples} samples",
@@ -170,6 +175,14 @@ def study_figure(dataset, confidence: float = CONFIDENCE, delta: float = DELTA) 
     for ax, letter in ((top, "a"), (left, "b"), (right, "c")):
         finish(ax, letter)
     return figure
+
+
+def _one(dataset):
+    """The study that this is; a sweep of several cells is none."""
+    cells = studies(dataset)
+    if len(cells) > 1:
+        raise ValueError(f"this is a sweep: take sweep_figure, or one of its {len(cells)} cells, .isel(cell=0)")
+    return cells[0]
 
 
 def _counts(claim) -> str:

@@ -281,6 +281,17 @@ def test_residual_is_that_of_the_certificate_where_points_are_classified(ax):
     np.testing.assert_array_equal(np.isnan(value), np.asarray(margins) <= 0)
 
 
+def test_figures_of_one_study_take_a_cell_of_a_sweep_and_no_sweep(ax):
+    cells = planted.sweep(*(planted.study(Trial(samples=n), 3, regions=[4, 5, n]) for n in (10, 20)))
+    for draw in (lambda d: plot.regions(ax, d), lambda d: plot.population_error(ax, d), plot.study_figure):
+        with pytest.raises(ValueError, match="this is a sweep"):
+            draw(cells)
+        draw(cells.isel(cell=1))
+    assert "n = 20 samples" in str(plot.study_figure(cells.isel(cell=1)).get_suptitle())
+    with pytest.raises(ValueError, match="no claim about a probability"):
+        plot.claims(ax, [])
+
+
 def test_claim_table_says_what_the_claims_say(ax):
     rows = study_claims(STUDY)
     texts = [a.get_text() for a in plot.claim_table(ax, rows) if isinstance(a, Text)]
