@@ -17,7 +17,7 @@ not enough for the last).
 Before random draws became one program each, a start took 22.0 s to its certified limit, 4.4 s with a filled cache.
 XLA's older fusion emitters compile a quarter faster: on another two cores, beside other work, with
 XLA_FLAGS=--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters a start took 36 s instead of 48 (version
-8238887). Batches of 8 then run a quarter slower, 262 instead of 207 µs an attempt and lane on one core.
+8238887).
 """
 
 import argparse
