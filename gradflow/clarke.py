@@ -30,7 +30,7 @@ from gradflow.data import Dataset
 from gradflow.lift import Local, drive
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
-from gradflow.sites import Sites
+from gradflow.sites import Sites, few
 from gradflow.slow import Slow
 
 
@@ -115,9 +115,11 @@ def find_cell(net: ReluNetwork, x: Float[Array, " n"]) -> Int[Array, " k"]:
 
     A breakpoint exactly on a point counts as inactive there (max(0, ·)' = 0 at 0).
     """
-    n = x.shape[0]
+    n, right = x.shape[0], net.w > 0
+    if few(n, net.w.shape[0]):
+        count = jnp.sum(net.w[:, None] * x[None] + net.b[:, None] > 0, axis=1, dtype=jnp.int32)
+        return jnp.where(right, n - count, jnp.where(count == n, 0, n + count))
     # The number of active points, by bisection on the monotone sequence w x_i + b: exact in floating point, O(log n).
-    right = net.w > 0
     low, high = jnp.zeros_like(net.w, jnp.int32), jnp.full_like(net.w, n, jnp.int32)
 
     def halve(_, bounds):
@@ -160,11 +162,20 @@ class Field(eqx.Module):
     slow: Slow
     log_unit: Float[Array, ""]
     rank: int = eqx.field(static=True)
+    sites: Sites  # the points as positions at which neurons act
 
-    @property
-    def sites(self) -> Sites:
-        """The points as positions at which neurons act."""
-        return Sites(self.points.x, *self.mode.active(self.points.x.shape[0]))
+    def __init__(self, points: Points, loss: Loss, mode: Mode, slow: Slow, log_unit: Float[Array, ""], rank: int):
+        self.points, self.loss, self.mode, self.slow = points, loss, mode, slow
+        self.log_unit, self.rank = log_unit, rank
+        self.sites = Sites(points.x, *mode.active(points.x.shape[0]))
+
+    def ready(self) -> "Field":
+        """For many evaluations (`Sites.ready`)."""
+        return eqx.tree_at(lambda f: f.sites, self, self.sites.ready())
+
+    def in_mode(self, mode: Mode) -> "Field":
+        """The same flow in another mode."""
+        return Field(self.points, self.loss, mode, self.slow, self.log_unit, self.rank)
 
     @property
     def compresses(self) -> bool:
@@ -178,20 +189,19 @@ class Field(eqx.Module):
 
     def margins(self, lines: Float[Array, "2 k"]) -> Float[Array, " n"]:
         """q_i of neurons that draw these `lines` on their active ranges; O(n + k)."""
-        return self.points.y * self.sites.lines(*lines)
+        return self.points.y * self.sites.lines(lines)
 
     def respond(self, net: ReluNetwork, change: ReluNetwork) -> Float[Array, " n"]:
         """∂q·change: how the margins answer to a small change of the parameters; O(n + k)."""
         slope, offset = net.v * change.w + change.v * net.w, net.v * change.b + change.v * net.b
-        return self.points.y * self.sites.lines(slope, offset)
+        return self.points.y * self.sites.lines(jnp.stack([slope, offset]))
 
     def weights(self, lines: Float[Array, "2 k"]) -> Weights:
         q = self.margins(lines)
         log_total = jax.nn.logsumexp(self.points.log_count)
         # The padding has no weight; a finite margin there keeps derivatives finite.
         log_weight = self.loss.log_weight(q) + self.points.log_count
-        log_sum = jax.nn.logsumexp(log_weight)
-        p, total, log_factor = self.slow.shares(log_weight)
+        p, total, log_factor, log_sum = self.slow.shares(log_weight)
         slope = jax.jvp(self.loss.log_weight, (q,), (jnp.ones_like(q),))[1]
         log_loss = jax.nn.logsumexp(self.loss.log_value(q) + self.points.log_count) - log_total
         return Weights(q, log_weight - log_sum, p, total, log_factor, -p * slope, log_sum - log_total, log_loss)
@@ -248,6 +258,7 @@ class Field(eqx.Module):
         sites, curvature, signed = self.sites, weights.c, jnp.concatenate(signed)
         if self.compresses:
             sites, curvature, signed = sites.compress(curvature, signed)
+            sites = sites.ready()
         return sites, curvature, signed[:2], signed[2:]
 
     def resolvent(self, y, sigma):
@@ -264,7 +275,7 @@ class Field(eqx.Module):
         local = Local(net, self.pull(weights.p), sigma, self.mode.sliding, self.tangent())
         sites, c, signed_p, signed_c = self._summed(weights)
         whole = self.rank >= sites.count
-        kept = jnp.arange(sites.count, dtype=jnp.int32)
+        kept = slice(None)
         if not whole:
             kept = jax.lax.top_k(c * sites.squares(_moments(net)), self.rank)[1]
         # With G = Q (σI − B)^{−1} D Qᵀ and s = √c: (I + C G)^{−1} C = s (K − e fᵀ (K − I))^{−1} (I − e fᵀ) s, where
@@ -273,7 +284,7 @@ class Field(eqx.Module):
         root = jnp.sqrt(jnp.where(counts, c[kept], 1))  # has a derivative where c is 0, too
         s, over = jnp.where(counts, root, 0), jnp.where(counts, 1 / root, 0)
         f, e = signed_c[:, kept] * over[None], signed_p[:, kept] * over[None]
-        matrix = jnp.eye(kept.size, dtype=s.dtype) + s[:, None] * sites.gram(local.response(), kept) * s[None, :]
+        matrix = jnp.eye(s.size, dtype=s.dtype) + s[:, None] * sites.gram(local.response(), kept) * s[None, :]
         solve_matrix = solver_of_positive_definite(matrix)
         first_e, second_e = solve_matrix(e[0]), solve_matrix(e[1])
         (w00, w01), (w10, w11) = jnp.eye(2, dtype=s.dtype) - f @ e.T + f @ jnp.stack([first_e, second_e], axis=1)
@@ -293,7 +304,7 @@ class Field(eqx.Module):
 
         def solve(right):
             change, lines, tick = right
-            force = pull_back(sites.lines(*local.solve(change, lines)[1])[kept])
+            force = pull_back(sites.lines(local.solve(change, lines)[1])[kept])
             force = force if whole else jnp.zeros_like(sites.x).at[kept].set(force)
             back = drive(net, self.project(sites.pull(force)))
             out, out_lines = local.solve(*jax.tree.map(jnp.subtract, (change, lines), back))
@@ -320,19 +331,21 @@ def solver_of_positive_definite(matrix: Float[Array, "r r"]):
     size = matrix.shape[0]
     index = jnp.arange(size)
 
-    # The next row and column are carried along: read in the same pass, they would cost a copy of the matrix each.
-    def eliminate(k, carry):
-        a, row, column = carry
-        pivot = 1 / row[k]
+    def factors(a, k):
+        """Of the rank-one matrix that takes pivot k's turn; carried along, lest they be computed for every entry."""
+        row, column = (jax.lax.dynamic_index_in_dim(a, k, axis, keepdims=False) for axis in (0, 1))
         here = index == k
-        a = a - column[:, None] * (row * pivot)[None, :]
-        a = jax.lax.dynamic_update_slice(a, (jnp.where(here, 1, row) * pivot)[None, :], (k, 0))
-        a = jax.lax.dynamic_update_slice(a, (jnp.where(here, 1, -column) * pivot)[:, None], (0, k))
-        after = jnp.minimum(k + 1, size - 1)
-        return a, a[after, :], a[:, after]
+        pivot = jax.lax.dynamic_index_in_dim(row, k, keepdims=False)
+        return jnp.where(here, -1, column), jnp.where(here, 1, row) / pivot
+
+    def eliminate(k, carry):
+        a, column, row = carry
+        here = index == k
+        a = jnp.where(here[:, None] | here[None, :], 0, a) - column[:, None] * row[None, :]
+        return a, *factors(a, jnp.minimum(k + 1, size - 1))
 
     begin = jax.lax.stop_gradient(matrix)
-    inverse = jax.lax.fori_loop(0, size, eliminate, (begin, begin[0, :], begin[:, 0]))[0]
+    inverse = jax.lax.fori_loop(0, size, eliminate, (begin, *factors(begin, 0)))[0]
 
     def refined(inverse, matrix, y):
         x = inverse @ y

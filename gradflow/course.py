@@ -91,7 +91,7 @@ class Course(eqx.Module):
         )
         # Breakpoints that start on a point are decided like those that arrive there.
         start, mode, *_ = update(initial, net, weights, none, none, zero, problem.tolerance(one))
-        speed = jnp.sqrt(eqx.tree_at(lambda f: f.mode, initial, mode).combine(start, weights.p).squared_norm)
+        speed = jnp.sqrt(initial.in_mode(mode).combine(start, weights.p).squared_norm)
         # A hundredth of the time in which θ, or the fastest margin, changes by its own size.
         first = 0.01 * jnp.minimum(jnp.sqrt(net.squared_norm) / jnp.where(speed > 0, speed, 1), 1 / safe)
         count = jnp.zeros((), int)

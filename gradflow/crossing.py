@@ -21,7 +21,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.clarke import Field, Weights, cell_range
+from gradflow.clarke import Field, Points, Weights, cell_range
 from gradflow.network import ReluNetwork
 
 _LEFT = 0.2  # of the tolerance, that a kick may leave undone
@@ -92,17 +92,23 @@ def cross(
     return Crossing(harmless, enough, jnp.clip(kick, -most[None], most[None]))
 
 
+def pulls(points: Points, weights: Weights) -> Float[Array, "2 rays"]:
+    """z of a neuron on each ray, without the ray's own point: from its right on the rays β < n, on others its left."""
+    weight = weights.p * points.y
+    moments = jnp.stack([weight * points.x, weight])
+    # From both ends: as a difference, a small sum beside a heavy point would be lost.
+    left, right = jnp.split(jnp.cumsum(jnp.concatenate([moments, moments[:, ::-1]]), axis=1)[:, :-1], 2)
+    none = jnp.zeros_like(moments[:, :1])
+    return jnp.concatenate([right[:, ::-1], none, none, left], axis=1)
+
+
 def _passes_sticky_ray(field: Field, net: ReluNetwork, weights: Weights, cell: Int[Array, " k"]) -> Bool[Array, " k"]:
     """Whether a breakpoint that goes to `cell` without turning passes a point at which it would stick.
 
     That depends on the neuron only through the signs of v and w, so it is counted once for all neurons.
     """
     points = field.points
-    weight = weights.p * points.y
-    left = jnp.cumsum(jnp.stack([weight * points.x, weight]), axis=1)
-    total = left[:, -1:]
-    # Without point i: on the rays β < n its right, on the others its left.
-    off = jnp.concatenate([total - left, left - jnp.stack([weight * points.x, weight])], axis=1)
+    weight, off = weights.p * points.y, pulls(points, weights)
     x = jnp.concatenate([points.x, points.x])
     inactive = off[0] * x + off[1]
     active = inactive + jnp.tile(weight * points.squared_norm, 2)

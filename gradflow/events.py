@@ -22,9 +22,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.clarke import Field, Mode, Points, Weights, active_cell, cell_range, find_cell, inactive_cell
-from gradflow.crossing import cross
+from gradflow.crossing import cross, pulls
 from gradflow.network import ReluNetwork
-from gradflow.sites import Sites
 
 NODES = np.linspace(0, 1, 5)  # where a step is sampled: enough for the quartics that Tsit5 and Rodas5P give
 _TO_QUARTIC = np.linalg.inv(np.vander(NODES, 5))
@@ -103,11 +102,10 @@ class Sides(eqx.Module):
         return jnp.where(size > 0, worst / jnp.where(size > 0, size, 1), 0)
 
 
-def side_velocities(field: Field, net: ReluNetwork, weights: Weights, ray: Int[Array, " k"]) -> Sides:
-    points, n = field.points, field.points.x.shape[0]
-    i = ray % n
+def side_velocities(points: Points, net: ReluNetwork, weights: Weights, ray: Int[Array, " k"], z) -> Sides:
+    """At these rays, with `z` (2, k) the pull of all points but the ray's own."""
+    i = ray % points.x.shape[0]
     x = points.x[i]
-    z = Sites(points.x, *cell_range(inactive_cell(ray, n), n)).pull(weights.p * points.y)
     off = net.v * (z[0] * x + z[1]) / jnp.hypot(1, x)
     return Sides(off, off + net.v * weights.p[i] * points.y[i] * jnp.hypot(1, x))
 
@@ -152,27 +150,27 @@ def look_ahead(
     touch = jnp.where(sliding, 0.1 * tolerance.size(last)[None], tolerance.landing(last, points)[None])
     below = scan < -touch[None]
     hit = jnp.any(below, axis=0)
-    index = jnp.maximum(jnp.argmax(below, axis=0), 1)
-    root = jnp.where(hit, _root(quartic, index, len(_SCAN) - 1), jnp.inf)
 
     slack = 2 * noise * jnp.abs(last.v)
     ray = rays(mode, n)
     nearer = jnp.where(hit[1], ray[1], ray[0])
-    own = jnp.maximum(mode.ray, 0)
     # At all nodes on the ray that a neuron slides on, after the step on the one that a free neuron hits.
     inner = jax.vmap(lambda net: field.weights(net.lines))(jax.tree.map(lambda a: a[1:-1], nodes))
     weights = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), start, inner, end)
-    nets, weights, places = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b[None]]), (nodes, weights, jnp.stack([own] * 5)), (last, end, nearer)
-    )
-    each = jax.vmap(side_velocities, (None, 0, 0, 0))(field, nets, weights, places)
-    sides = jax.tree.map(lambda a: a[-1], each)
-    excess = jax.vmap(lambda one: one.excess(slack))(jax.tree.map(lambda a: a[:-1], each)) + 0.5 * tolerance.release
+
+    def on_own_ray(net, weights):
+        z = field.sites.pull(weights.p * points.y)
+        return side_velocities(points, net, weights, jnp.maximum(mode.ray, 0), z).excess(slack)
+
+    sides = side_velocities(points, last, end, nearer, pulls(points, end)[:, nearer])
+    excess = jax.vmap(on_own_ray)(nodes, weights) + 0.5 * tolerance.release
     loose = mode.sliding & (excess[-1] < -0.5 * tolerance.release)
     quartic_excess = jnp.asarray(_TO_QUARTIC, dtype) @ excess
     falls = jnp.asarray(_SCAN, dtype) @ quartic_excess < 0
-    aim = _root(quartic_excess, jnp.maximum(jnp.argmax(falls, axis=0), 1), len(_SCAN) - 1)
-    aim = jnp.clip(aim, 0.05, 0.95)
+    both = jnp.concatenate([quartic, quartic_excess[:, None]], axis=1)
+    index = jnp.concatenate([jnp.argmax(below, axis=0), jnp.argmax(falls, axis=0)[None]])
+    roots = _root(both, jnp.maximum(index, 1), len(_SCAN) - 1)
+    root, aim = jnp.where(hit, roots[:2], jnp.inf), jnp.clip(roots[2], 0.05, 0.95)
 
     # The jump of the field over all points passed.
     heaviest = jnp.maximum(start.p, end.p) * jnp.hypot(1, points.x)
@@ -222,7 +220,7 @@ def look_ahead(
 
 def lagrange(s: Float[Array, ""]) -> Float[Array, " 5"]:
     """Weights with which the values at `NODES` make up that of their quartic at s."""
-    return jnp.vander(s[None], 5)[0] @ jnp.asarray(_TO_QUARTIC, s.dtype)
+    return jnp.stack([s**4, s**3, s**2, s, jnp.ones_like(s)]) @ jnp.asarray(_TO_QUARTIC, s.dtype)
 
 
 def _root(quartic, index, cells: int):
@@ -290,7 +288,8 @@ def update(
     opposite = (mode.ray + n) % (2 * n)
     ray = jnp.where(through, opposite, ray)
 
-    sides, doubt = side_velocities(field, net, weights, ray), noise * jnp.abs(net.v)
+    sides = side_velocities(points, net, weights, ray, pulls(points, weights)[:, ray])
+    doubt = noise * jnp.abs(net.v)
     excess = jnp.where(mode.sliding & ~through, sides.excess(2 * doubt), 0)
     released = excess < 0
     inside = jnp.where(mode.cell == active_cell(ray, n), sides.active, -sides.inactive)

@@ -94,7 +94,7 @@ class Problem(eqx.Module):
 
     def attempt(self, state: State) -> State:
         """One step attempt: rejected for its error, rejected to try for an event again, or accepted up to one."""
-        field, dtype = self.field(state), state.time.dtype
+        field, dtype = self.field(state).ready(), state.time.dtype
         tolerance = self.tolerance(state.pace)
         start = field.weights(state.net.lines)
         remaining = (self.until.time.astype(dtype) - state.time) * jnp.exp(-start.log_factor)

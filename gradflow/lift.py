@@ -78,20 +78,27 @@ class Local(eqx.Module):
     sigma: Float[Array, ""]
     sliding: Bool[Array, " k"]
     tangent: Float[Array, "2 k"]
+    # What the stages of a step share.
+    u: Float[Array, "2 k"]
+    inner: Float[Array, " k"]
+    over_determinant: Float[Array, " k"]
+    over_sigma: Float[Array, ""]
 
-    @property
-    def _determinant(self) -> Float[Array, " k"]:
-        return self.sigma**2 - jnp.sum(self.z**2, axis=0)
+    def __init__(self, net: ReluNetwork, z, sigma, sliding, tangent):
+        self.net, self.z, self.sigma, self.sliding, self.tangent = net, z, sigma, sliding, tangent
+        self.u = jnp.stack([net.w, net.b])
+        self.inner = net.w * z[0] + net.b * z[1]
+        self.over_determinant = 1 / (sigma**2 - jnp.sum(z**2, axis=0))
+        self.over_sigma = 1 / sigma
 
     def solve(self, change: ReluNetwork, lines: Float[Array, "2 k"]) -> tuple[ReluNetwork, Float[Array, "2 k"]]:
         """(σI − B)^{−1} of changes of the neurons and of their lines."""
-        net, z, sigma = self.net, self.z, self.sigma
-        v = (sigma * change.v + z[0] * change.w + z[1] * change.b) / self._determinant
-        w, b = (change.w + z[0] * v) / sigma, (change.b + z[1] * v) / sigma
-        inner = net.w * z[0] + net.b * z[1]
+        z = self.z
+        v = (self.sigma * change.v + z[0] * change.w + z[1] * change.b) * self.over_determinant
+        w, b = (change.w + z[0] * v) * self.over_sigma, (change.b + z[1] * v) * self.over_sigma
         turned = z[0] * w + z[1] * b
-        pushed = (2 * net.v * v)[None] * z + inner[None] * jnp.stack([w, b]) + turned[None] * jnp.stack([net.w, net.b])
-        return ReluNetwork(w, b, v), (lines + pushed) / sigma
+        pushed = (2 * self.net.v * v)[None] * z + self.inner[None] * jnp.stack([w, b]) + turned[None] * self.u
+        return ReluNetwork(w, b, v), (lines + pushed) * self.over_sigma
 
     def response(self) -> Float[Array, "4 k"]:
         """G_j (2 × 2, row by row): the change of g_j in (σI − B)^{−1} per change of the force z_j.
@@ -99,14 +106,14 @@ class Local(eqx.Module):
         With a = σu + v z and β = v + (u·z)/σ that is (v β P + (a + β z) aᵀ/(σ² − ‖z‖²))/σ, P the projection to the ray
         where the neuron slides and the identity elsewhere.
         """
-        net, z, sigma = self.net, self.z, self.sigma
-        a = sigma * jnp.stack([net.w, net.b]) + net.v[None] * z
-        beta = net.v + (net.w * z[0] + net.b * z[1]) / sigma
-        left = (a + beta[None] * z) / self._determinant[None]
+        v = self.net.v
+        a = self.sigma * self.u + v[None] * self.z
+        beta = v + self.inner * self.over_sigma
+        left = (a + beta[None] * self.z) * self.over_determinant[None]
         t = self.tangent
         cross = jnp.where(self.sliding, t[0] * t[1], 0)
         projection = jnp.stack(
             [jnp.where(self.sliding, t[0] ** 2, 1), cross, cross, jnp.where(self.sliding, t[1] ** 2, 1)]
         )
         outer = jnp.stack([left[0] * a[0], left[0] * a[1], left[1] * a[0], left[1] * a[1]])
-        return ((net.v * beta)[None] * projection + outer) / sigma
+        return ((v * beta)[None] * projection + outer) * self.over_sigma

@@ -81,7 +81,7 @@ class Cones(eqx.Module):
         ray = jnp.stack([jnp.ones_like(x), -x]) / jnp.hypot(1, x)[None]
         self.x, self.second = x, jnp.concatenate([ray, -ray], axis=1)
         self.first = jnp.roll(self.second, 1, axis=1)
-        self.sites = Sites(x, *cell_range(jnp.arange(2 * n), n))
+        self.sites = Sites(x, *cell_range(jnp.arange(2 * n), n)).ready()
 
     def active(self, cell: Int[Array, " m"]) -> Bool[Array, "m n"]:
         """Which points are active in each of some cells."""
@@ -109,11 +109,11 @@ class Cones(eqx.Module):
         return jnp.where(place == 0, z, jnp.where(place == 3, 0, on_ray))
 
     def margins(self, lines: Float[Array, "2 2 cells"], y) -> Float[Array, " n"]:
-        return y * self.sites.lines(*(lines[0] - lines[1]))
+        return y * self.sites.lines(lines[0] - lines[1])
 
     def gram(self, b: Float[Array, "3 cells"]) -> Float[Array, "n n"]:
         """Σ_c [i, l ∈ c] x̃_iᵀ B_c x̃_l."""
-        return self.sites.gram(b[jnp.array([0, 1, 1, 2])], jnp.arange(self.x.shape[0]))
+        return self.sites.gram(b[jnp.array([0, 1, 1, 2])], slice(None))
 
 
 def _cross(a, b):

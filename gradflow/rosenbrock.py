@@ -20,8 +20,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 _GAMMA = 0.21193756319429014
-# Row i: how the point at which stage i + 1 is taken, and its right side (over h), depend on K_1 … K_7.
-_A = np.zeros((8, 7))
+# Row i: how the point at which stage i + 1 is taken, and its right side (over h), depend on K_1 … K_8.
+_A = np.zeros((8, 8))
 _A[1, :1] = 3.0
 _A[2, :2] = 2.849394379747939, 0.45842242204463923
 _A[3, :3] = -6.954028509809101, 2.489845061869568, -10.358996098473584
@@ -29,7 +29,7 @@ _A[4, :4] = 2.8029986275628964, 0.5072464736228206, -0.3988312541770524, -0.0472
 _A[5:, :5] = -7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256, 0.030198172008377946
 _A[6:, 5] = 1.0
 _A[7, 6] = 1.0
-_C = np.zeros((8, 7))
+_C = np.zeros((8, 8))
 _C[1, :1] = -14.155112264123755
 _C[2, :2] = -17.97296035885952, -2.859693295451294
 _C[3, :3] = 147.12150275711716, -1.41221402718213, 71.68940251302358
@@ -43,7 +43,7 @@ _C[6, :6] = (
     -19.097331116725623,
     -28.087943162872662,
 )
-_C[7] = (
+_C[7, :7] = (
     37.80277123390563,
     -3.2571969029072276,
     112.26918849496327,
@@ -86,6 +86,8 @@ _D = np.array(
         ),
     ]
 )
+
+_LAST = np.concatenate([_A[7:] + np.eye(8)[7:], _D])  # y_1 − y_0, and the dense output
 
 
 class RodasInterpolation(diffrax.AbstractLocalInterpolation):
@@ -137,20 +139,28 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         own = getattr(getattr(terms, "vector_field", None), "resolvent", None)
         solve = dense_resolvent(lambda y: terms.vf(t0, y, args), y0, sigma) if own is None else own(y0, sigma)
 
-        # One stage a round of a loop, so that the field and the linear solve are compiled once.
-        def stage(stages, row):
-            i, a, c = row
-            slope = terms.vf(t0, _add(y0, stages, a), args)
-            new = solve(_add(slope, stages, c / h))
-            return jax.tree.map(lambda ks, k: ks.at[i].set(k, mode="drop"), stages, new), new
+        # One stage a round of a loop, so that the field and the linear solve are compiled once; the unknowns in one
+        # vector, so that a stage is read and written at once. Stages to come are 0, and so are their coefficients.
+        start, unravel = ravel_pytree(y0)
 
-        empty = jax.tree.map(lambda leaf: jnp.zeros((7, *jnp.shape(leaf)), jnp.result_type(leaf)), y0)
-        stages, every = jax.lax.scan(stage, empty, (jnp.arange(8), *(jnp.asarray(m, h.dtype) for m in (_A, _C))))
-        error = jax.tree.map(lambda ks: ks[7], every)
-        y1 = jax.tree.map(jnp.add, _add(y0, stages, _A[7]), error)
-        zero = jax.tree.map(jnp.zeros_like, y0)
-        dense = dict(y0=y0, y1=y1, d=tuple(_add(zero, every, row) for row in _D))
-        return y1, error, dense, None, diffrax.RESULTS.successful
+        def combine(weights, stages):
+            return jnp.matmul(weights.astype(start.dtype), stages, precision=jax.lax.Precision.HIGHEST)
+
+        def stage(stages, row):
+            i, weights = row
+            point, pushed = combine(weights, stages)
+            slope, _ = ravel_pytree(terms.vf(t0, unravel(start + point), args))
+            new, _ = ravel_pytree(solve(unravel(slope + pushed)))
+            return jax.lax.dynamic_update_index_in_dim(stages, new, i, 0), None
+
+        rows = jnp.stack([jnp.asarray(_A, h.dtype), jnp.asarray(_C, h.dtype) / h], axis=1)
+        empty = jnp.zeros((8, start.size), start.dtype)
+        stages, _ = jax.lax.scan(stage, empty, (jnp.arange(8), rows))
+        # Term by term: as one product in a batch it would transpose all stages.
+        last = jnp.asarray(_LAST, start.dtype)
+        change, *d = sum(last[:, j, None] * stages[j][None] for j in range(8))
+        y1 = unravel(start + change)
+        return y1, unravel(stages[7]), dict(y0=y0, y1=y1, d=tuple(map(unravel, d))), None, diffrax.RESULTS.successful
 
 
 def dense_resolvent(function, y, sigma):
@@ -159,12 +169,3 @@ def dense_resolvent(function, y, sigma):
     jacobian = jax.jacfwd(lambda v: ravel_pytree(function(unravel(v)))[0])(flat)
     factors = jax.scipy.linalg.lu_factor(sigma * jnp.eye(flat.size, dtype=flat.dtype) - jacobian)
     return lambda right: unravel(jax.scipy.linalg.lu_solve(factors, ravel_pytree(right)[0]))
-
-
-def _add(start, stages, coefficients):
-    """start + Σ_j coefficients_j stages_j, leaf by leaf; `stages` has an axis of stages in front."""
-
-    def leaf(a, ks):
-        return a + jnp.tensordot(jnp.asarray(coefficients, ks.dtype), ks, 1)
-
-    return jax.tree.map(leaf, start, stages)

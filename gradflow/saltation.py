@@ -69,7 +69,7 @@ def event_of(problem: Problem, before: State, after: State) -> Event:
     turns = old.sliding & (new.ray != old.ray) & (after.net.w == 0) & (after.net.b == 0)
     field = problem.field(after)
     p = field.weights(after.net.lines).p
-    there = eqx.tree_at(lambda f: f.mode, field, old)
+    there = field.in_mode(old)
     place = ray % n
     return Event(ray, place, problem.points.x[place], meets, turns, there.pull(p), field.pull(p))
 

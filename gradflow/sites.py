@@ -1,7 +1,8 @@
 """Positions on the line at which neurons act, and sums over the active ones in time O(positions + neurons).
 
 A neuron is active on a half-open range of sorted positions that reaches to one of the two ends. So a sum over the
-neurons active at each position, or over the positions at which each neuron is active, is a running sum.
+neurons active at each position, or over the positions at which each neuron is active, is a running sum. Where there are
+few of both, a product with the matrix of who is active where is a quarter of the time, and gives the same.
 
 **Compression.** Between two neighbouring breakpoints the network is one line, so however many points lie there, their
 second moments Σ c_i x̃_i x̃_iᵀ, x̃ = (x, 1), are those of two positions, mean ± standard deviation, of half the weight
@@ -14,6 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+_FEW = 4096  # pairs for which products with a matrix take no longer than running sums, on a CPU
+
+
+def few(positions: int, neurons: int) -> bool:
+    """Whether all pairs are few enough to be looked at one by one."""
+    return positions * neurons <= _FEW
+
 
 class Sites(eqx.Module):
     """Positions `x` (s,), in order, and the range `low` ≤ i < `high` (k,) on which each neuron is active.
@@ -25,6 +33,17 @@ class Sites(eqx.Module):
     x: Float[Array, " s"]
     low: Int[Array, " k"]
     high: Int[Array, " k"]
+    active: Float[Array, "k s"] | None = None  # 1 and 0, and transposed, if `ready`
+    transposed: Float[Array, "s k"] | None = None
+
+    def ready(self) -> "Sites":
+        """For many sums: by products, if there are few enough pairs."""
+        if not few(self.count, self.low.shape[0]):
+            return self
+        index = jnp.arange(self.count, dtype=self.low.dtype)
+        active = (self.low[:, None] <= index[None]) & (index[None] < self.high[:, None])
+        transposed = (self.low[None] <= index[:, None]) & (index[:, None] < self.high[None])
+        return Sites(self.x, self.low, self.high, active.astype(self.x.dtype), transposed.astype(self.x.dtype))
 
     @property
     def count(self) -> int:
@@ -32,17 +51,22 @@ class Sites(eqx.Module):
 
     def over_neurons(self, terms: Float[Array, "m k"]) -> Float[Array, "m s"]:
         """Σ of `terms` over the neurons active at each position."""
+        if self.active is not None:
+            return _product(terms, self.active)
         empty = jnp.zeros((terms.shape[0], self.count + 1), terms.dtype)
         return jnp.cumsum(empty.at[:, self.low].add(terms).at[:, self.high].add(-terms), axis=1)[:, : self.count]
 
-    def lines(self, slope: Float[Array, " k"], offset: Float[Array, " k"]) -> Float[Array, " s"]:
+    def lines(self, lines: Float[Array, "2 k"]) -> Float[Array, " s"]:
         """Σ_j (slope_j x + offset_j) over the neurons active at each position."""
-        total = self.over_neurons(jnp.stack([slope, offset]))
+        total = self.over_neurons(lines)
         return total[0] * self.x + total[1]
 
     def pull(self, force: Float[Array, " s"]) -> Float[Array, "2 k"]:
         """z_j = Σ force_i x̃_i over the positions at which each neuron is active."""
-        total = jnp.cumsum(jnp.stack([force * self.x, force]), axis=1)
+        moments = jnp.stack([force * self.x, force])
+        if self.transposed is not None:
+            return _product(moments, self.transposed)
+        total = jnp.cumsum(moments, axis=1)
         total = jnp.concatenate([jnp.zeros_like(total[:, :1]), total], axis=1)
         return total[:, self.high] - total[:, self.low]
 
@@ -52,24 +76,40 @@ class Sites(eqx.Module):
         # Where no neuron is left, running sums leave rounding of either sign.
         return jnp.maximum(a * self.x**2 + 2 * b * self.x + c, 0) + jnp.maximum(d, 0) * (self.x**2 + 1)
 
-    def gram(self, matrix: Float[Array, "4 k"], kept: Int[Array, " r"]) -> Float[Array, "r r"]:
+    def gram(self, matrix: Float[Array, "4 k"], kept: Int[Array, " r"] | slice) -> Float[Array, "r r"]:
         """Σ_j x̃_iᵀ M_j x̃_l over the neurons active at both i and l of `kept`, M_j = (m_0, m_1; m_2, m_3).
 
-        For x_i ≤ x_l those are the right-facing neurons active at x_i and the left-facing ones active at x_l.
+        For x_i ≤ x_l those are the right-facing neurons active at x_i and the left-facing ones active at x_l, with sums
+        R_i and L_l of their matrices: the entry is (R_iᵀ x̃_i)·x̃_l + (L_l x̃_l)·x̃_i, so that nothing but vectors along
+        the sites is summed. For x_i > x_l the roles change: (R_l x̃_l)·x̃_i + (L_iᵀ x̃_i)·x̃_l.
         """
         s = self.count
         right = jnp.where((self.high == s)[None], matrix, 0)
         left = jnp.where(((self.high < s) & (self.high > 0))[None], matrix, 0)
-        empty = jnp.zeros((4, s), matrix.dtype)
-        rightward = jnp.cumsum(empty.at[:, jnp.minimum(self.low, s - 1)].add(right), axis=1)
-        leftward = jnp.cumsum(empty.at[:, jnp.maximum(self.high - 1, 0)].add(left)[:, ::-1], axis=1)[:, ::-1]
-        # At l ≥ i the former belong to i and the latter to l, at l < i the other way round: no gathers of r² entries.
-        rightward, leftward = rightward[:, kept], leftward[:, kept]
-        ordered = (kept[:, None] <= kept[None, :])[None]
-        h = jnp.where(ordered, rightward[:, :, None], rightward[:, None, :])
-        h += jnp.where(ordered, leftward[:, None, :], leftward[:, :, None])
+        if self.active is not None:
+            rightward, leftward = self.over_neurons(right), self.over_neurons(left)
+        else:
+            empty = jnp.zeros((4, s), matrix.dtype)
+            rightward = jnp.cumsum(empty.at[:, jnp.minimum(self.low, s - 1)].add(right), axis=1)
+            leftward = empty.at[:, jnp.maximum(self.high - 1, 0)].add(left)
+            leftward = jnp.cumsum(leftward[:, ::-1], axis=1)[:, ::-1]
+
+        def times(m):
+            return jnp.stack([m[0] * self.x + m[1], m[2] * self.x + m[3]])[:, kept]
+
+        def transposed_times(m):
+            return jnp.stack([m[0] * self.x + m[2], m[1] * self.x + m[3]])[:, kept]
+
+        rows, columns = (transposed_times(rightward), times(leftward)), (transposed_times(leftward), times(rightward))
         x = self.x[kept]
-        return h[0] * (x[:, None] * x[None, :]) + h[1] * x[:, None] + h[2] * x[None, :] + h[3]
+
+        def pair(of_row, of_column):
+            return (of_row[0][:, None] * x[None, :] + of_row[1][:, None]) + (
+                x[:, None] * of_column[0][None, :] + of_column[1][None, :]
+            )
+
+        index = jnp.arange(s)[kept]
+        return jnp.where(index[:, None] <= index[None, :], pair(*rows), pair(*columns))
 
     def compress(self, weight: Float[Array, " s"], vectors: Float[Array, "m s"]):
         """Two positions per interval between breakpoints that stand for all of its positions.
@@ -107,3 +147,8 @@ class Sites(eqx.Module):
             jnp.where(faces_right, everything, first),
         )
         return sites, interleave(mass / 2, mass / 2), interleave((total - tilt) / 2, (total + tilt) / 2)
+
+
+def _product(a: Float[Array, "m k"], b: Float[Array, "k s"]) -> Float[Array, "m s"]:
+    # Sums, not approximations: some devices round the factors of a product.
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

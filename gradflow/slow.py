@@ -47,16 +47,25 @@ class Slow(eqx.Module):
     def holds(self) -> Bool[Array, ""]:
         return jnp.any(self.rest)
 
-    def shares(self, log_weight: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, ""]]:
-        """From logs of weights, up to a common factor: p in force, its sum over each point's part, and β."""
+    def shares(self, log_weight: Float[Array, " n"]) -> tuple[Float[Array, "..."], ...]:
+        """From logs of weights, up to a common factor: p in force (n,), its sum over each point's part (n,), β, and the
+        log of the sum of all weights.
+
+        One exponential a point: each part is taken relative to its own largest weight.
+        """
         size = jnp.where(self.holds, jnp.exp(self.log_size), 0)
         total = jnp.where(self.rest, size, 1 - size)
-        log_heavy = jax.nn.logsumexp(jnp.where(self.rest, -jnp.inf, log_weight))
-        # Without a split the sum over R is empty; a sum over all keeps derivatives finite.
-        log_light = jax.nn.logsumexp(jnp.where(self.rest | ~self.holds, log_weight, -jnp.inf))
-        p = total * jnp.exp(log_weight - jnp.where(self.rest, log_light, log_heavy))
-        log_all = jax.nn.logsumexp(log_weight)
-        return p, total, jnp.where(self.holds, self.log_size + log_all - log_light, 0)
+        part = jnp.stack([~self.rest, self.rest])
+        # A constant for derivatives: what is divided out by it comes back.
+        largest = jnp.max(jnp.where(part, jax.lax.stop_gradient(log_weight)[None], -jnp.inf), axis=1)
+        heavy, light = largest = jnp.where(jnp.isfinite(largest), largest, 0)
+        share = jnp.exp(log_weight - jnp.where(self.rest, light, heavy))
+        of_heavy, of_light = jnp.sum(jnp.where(part, share[None], 0), axis=1)
+        # Without a split the sum over R is empty: a stand-in keeps derivatives finite.
+        log_heavy, log_light = largest + jnp.log(jnp.stack([of_heavy, jnp.where(self.holds, of_light, 1)]))
+        log_all = jnp.where(self.holds, jnp.logaddexp(log_heavy, log_light), log_heavy)
+        p = total * share / jnp.where(self.rest, of_light, of_heavy)
+        return p, total, jnp.where(self.holds, self.log_size + log_all - log_light, 0), log_all
 
     def after_step(self, log_p: Float[Array, " n"], pace: Float[Array, ""]) -> "Slow":
         """The split for the next step.

@@ -190,3 +190,24 @@ def test_squares_are_never_negative_where_no_neuron_is_active():
     moments = jnp.stack([jnp.zeros(2), jnp.zeros(2), jnp.zeros(2), jnp.array([1.0, 1e-20])])
     assert jnp.all(sites.over_neurons(moments)[3, 2:] < 0)  # else this tests nothing
     assert jnp.all(sites.squares(moments) >= 0)
+
+
+def test_products_with_the_matrix_of_who_is_active_and_running_sums_agree():
+    """Both against NumPy, with neurons active everywhere, nowhere and in between, and rows out of order."""
+    rng = np.random.default_rng(3)
+    x = np.sort(rng.normal(size=12))
+    low, high = np.array([0, 0, 0, 4, 11, 0, 0, 7]), np.array([12, 0, 1, 12, 12, 9, 11, 12])
+    active = (low[:, None] <= np.arange(12)) & (np.arange(12) < high[:, None])
+    force, (slope, offset), matrix = rng.normal(size=12), rng.normal(size=(2, 8)), rng.normal(size=(4, 8))
+    lifted = np.stack([x, np.ones(12)])
+    gram = np.einsum("ai,abj,bl,ji,jl->il", lifted, matrix.reshape(2, 2, 8), lifted, active, active)
+    kept = np.array([7, 2, 11, 0])
+    running = Sites(jnp.asarray(x), jnp.asarray(low), jnp.asarray(high))
+    assert running.active is None and running.ready().active is not None
+    for sites in (running, running.ready()):
+        lines = sites.lines(jnp.asarray([slope, offset]))
+        np.testing.assert_allclose(lines, slope @ active * x + offset @ active, atol=1e-14)
+        np.testing.assert_allclose(sites.pull(jnp.asarray(force)), (lifted * force) @ active.T, atol=1e-14)
+        np.testing.assert_allclose(sites.gram(jnp.asarray(matrix), slice(None)), gram, atol=1e-13)
+        some = sites.gram(jnp.asarray(matrix), jnp.asarray(kept))
+        np.testing.assert_allclose(some, gram[np.ix_(kept, kept)], atol=1e-13)

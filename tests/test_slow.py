@@ -25,17 +25,18 @@ def test_light_points_are_brought_to_one_small_weight_when_forces_cancel():
     p = np.array([0.5, 1e-20, 0.5, 3e-21])
     after = split(p, 1e-20)
     np.testing.assert_array_equal(after.rest, [False, True, False, True])
-    held, total, log_factor = after.shares(jnp.log(p) + 7.0)
+    held, total, log_factor, log_all = after.shares(jnp.log(p) + 7.0)
     small = slow._SMALL
     np.testing.assert_allclose(held, [(1 - small) / 2, small / 1.3, (1 - small) / 2, small * 0.3 / 1.3], rtol=1e-12)
     np.testing.assert_allclose(total, [1 - small, small, 1 - small, small])
     assert float(log_factor) == pytest.approx(np.log(small / 1.3e-20))
+    assert float(log_all) == pytest.approx(np.log(p.sum()) + 7.0, rel=1e-14)
 
 
 def test_without_a_split_weights_are_what_they_are():
-    p, total, log_factor = no_split(jnp.zeros(3)).shares(jnp.log(jnp.array([2.0, 5.0, 3.0])))
+    p, total, log_factor, log_all = no_split(jnp.zeros(3)).shares(jnp.log(jnp.array([2.0, 5.0, 3.0])))
     np.testing.assert_allclose(p, [0.2, 0.5, 0.3], rtol=1e-15)
-    assert jnp.all(total == 1) and log_factor == 0
+    assert jnp.all(total == 1) and log_factor == 0 and float(log_all) == pytest.approx(np.log(10), rel=1e-15)
 
 
 @pytest.mark.parametrize(
