@@ -21,6 +21,8 @@ slide on one ray share it.
 one neuron does at an event needs no knowledge of the others: simultaneous events are decided one by one.
 """
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -162,20 +164,22 @@ class Field(eqx.Module):
     slow: Slow
     log_unit: Float[Array, ""]
     rank: int = eqx.field(static=True)
-    sites: Sites  # the points as positions at which neurons act
+    active: Float[Array, "k n"] | None = None  # as in `Sites`, if `ready`: what depends on the mode alone
+    transposed: Float[Array, "n k"] | None = None
 
-    def __init__(self, points: Points, loss: Loss, mode: Mode, slow: Slow, log_unit: Float[Array, ""], rank: int):
-        self.points, self.loss, self.mode, self.slow = points, loss, mode, slow
-        self.log_unit, self.rank = log_unit, rank
-        self.sites = Sites(points.x, *mode.active(points.x.shape[0]))
+    @property
+    def sites(self) -> Sites:
+        """The points as positions at which neurons act."""
+        return Sites(self.points.x, *self.mode.active(self.points.x.shape[0]), self.active, self.transposed)
 
     def ready(self) -> "Field":
         """For many evaluations (`Sites.ready`)."""
-        return eqx.tree_at(lambda f: f.sites, self, self.sites.ready())
+        sites = self.sites.ready()
+        return dataclasses.replace(self, active=sites.active, transposed=sites.transposed)
 
     def in_mode(self, mode: Mode) -> "Field":
         """The same flow in another mode."""
-        return Field(self.points, self.loss, mode, self.slow, self.log_unit, self.rank)
+        return dataclasses.replace(self, mode=mode, active=None, transposed=None)
 
     @property
     def compresses(self) -> bool:

@@ -34,11 +34,12 @@ _ROUNDS = 12  # of corrections to that set
 _CERTAIN = 1e-11  # what Newton's method leaves of a constraint that it meets
 _NOTHING = 1e-13  # a neuron's share of ½‖θ‖² that is rounding
 _ACTIVE = 30.0
-_SHRINK = 0.2  # of μ, once a Newton step was short
+_SHRINK = 0.1  # of μ, once a Newton step was short
 _ACCURATE = 1e-12  # μ over the mean λ at which the active constraints are read off
 _PRECISE = 1e-8  # μ over the mean λ down to which amplitudes have their digits
 _PROXIMAL = 1e-7
 _RIDGE = 1e-13
+_BARRIER_RIDGE = 1e-14  # what is below the rounding of a Hessian
 _ROUNDING = 1e-9  # of the amplitudes, up to which lines may be changed to make up for rounding
 
 
@@ -150,16 +151,21 @@ def solve(
 
     def direction(lam, mu, careful):
         _, place, p, squared = ingredients(lam)
-        slack = jnp.where(allowed, 1 - squared, 1)
+        # The barrier that let λ in may have been rounded otherwise.
+        slack = jnp.where(allowed, jnp.maximum(1 - squared, jnp.finfo(lam.dtype).eps), 1)
         lines = jnp.where(allowed[:, None], 2 * mu * p / slack[:, None], 0)
         gradient = real_ * (1 + mu / jnp.where(real, lam, 1) - cones.margins(lines, y))
         curve = jnp.where(careful, _curvature(cones, jnp.zeros_like(place)), _curvature(cones, place))
         b = jnp.where(allowed[:, None], 2 * mu * curve / slack[:, None], 0)
         b = b + jnp.where(allowed[:, None], 4 * mu * _outer(p) / slack[:, None] ** 2, 0)
         h = cones.gram(jnp.sum(b, axis=0)) * (y * real_)[:, None] * (y * real_)[None, :]
-        h = h + jnp.diag(jnp.where(real, mu / jnp.where(real, lam, 1) ** 2, 1))
+        own = jnp.where(real, mu / jnp.where(real, lam, 1) ** 2, 1)
+        # Where x̃_i is orthogonal to the rays in use, rounding may leave less than nothing of their share.
+        h = jnp.where(jnp.eye(own.size, dtype=bool), jnp.maximum(h, 0) + own, h)
         scale = 1 / jnp.sqrt(jnp.diag(h))
-        step = scale * solver_of_positive_definite(h * scale[:, None] * scale[None, :])(scale * gradient)
+        # Where one cell holds all points the rest of h is below its rounding: a pivot of 0 was seen (one label).
+        h = h * scale[:, None] * scale[None, :] + _BARRIER_RIDGE * jnp.eye(own.size, dtype=h.dtype)
+        step = scale * solver_of_positive_definite(h)(scale * gradient)
         return step, jnp.sum(step * gradient) / mu, lines
 
     # Beyond 1 too: h² has jumps in its second derivative, where Newton's steps may be much too short. Where they prove

@@ -90,7 +90,7 @@ def sensed(course: Course) -> tuple[Course, Trace, Sensitivity]:
 def repeat(problem: Problem, before: State, step, net: ReluNetwork, clock, x: Float[Array, " n"], balance):
     """The step from `before`, as a smooth function of the network, the clock, the points and the balance."""
     points = eqx.tree_at(lambda p: p.x, problem.points, x)
-    field = eqx.tree_at(lambda f: f.points, problem.field(before), points)
+    field = eqx.tree_at(lambda f: f.points, problem.field(before), points).ready()
     y, zero = (net, net.lines, clock), jnp.zeros_like(step)
     terms = diffrax.ODETerm(field)
 
