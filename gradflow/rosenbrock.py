@@ -158,7 +158,10 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         stages, _ = jax.lax.scan(stage, empty, (jnp.arange(8), rows))
         # Term by term: as one product in a batch it would transpose all stages.
         last = jnp.asarray(_LAST, start.dtype)
-        change, *d = sum(last[:, j, None] * stages[j][None] for j in range(8))
+        sums = last[:, 0, None] * stages[0][None]
+        for j in range(1, 8):
+            sums += last[:, j, None] * stages[j][None]
+        change, *d = sums
         y1 = unravel(start + change)
         return y1, unravel(stages[7]), dict(y0=y0, y1=y1, d=tuple(map(unravel, d))), None, diffrax.RESULTS.successful
 
