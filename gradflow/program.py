@@ -161,7 +161,7 @@ def solve(
         h = cones.gram(jnp.sum(b, axis=0)) * (y * real_)[:, None] * (y * real_)[None, :]
         own = jnp.where(real, mu / jnp.where(real, lam, 1) ** 2, 1)
         # Where x̃_i is orthogonal to the rays in use, rounding may leave less than nothing of their share.
-        h = jnp.where(jnp.eye(own.size, dtype=bool), jnp.maximum(h, 0) + own, h)
+        h = jnp.where(jnp.eye(own.size, dtype=bool), (jnp.maximum(jnp.diag(h), 0) + own)[None], h)
         scale = 1 / jnp.sqrt(jnp.diag(h))
         # Where one cell holds all points the rest of h is below its rounding: a pivot of 0 was seen (one label).
         h = h * scale[:, None] * scale[None, :] + _BARRIER_RIDGE * jnp.eye(own.size, dtype=h.dtype)
