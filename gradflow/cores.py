@@ -9,7 +9,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 
 
-def cores(count: int | None = None) -> ProcessPoolExecutor:
+def cores(count=None) -> ProcessPoolExecutor:
     """An executor of spawned processes, each bound to a core of its own.
 
     **Arguments** `count`: how many processes; all cores that this one may use by default.
