@@ -9,7 +9,8 @@ The reference trial: 50 points with 4 label switches, 32 neurons, to the certifi
 
 Of 10,000 trials in batches of 8 (version b689eca, beside other work, which changes no share) 91.3 % of what is computed
 is used; waiting for the slowest would use 45.6 %. A trial takes a median of 490 attempts, 1,083 at most; one of the
-10,000 stayed open. On two cores (x86_64) of a shared machine 400 took 61.3 s, 6.5 a second (version 07bf73a).
+10,000 stayed open. On two cores (x86_64) of a shared machine 400 took 61.3 s, 6.5 a second (version 07bf73a); with the
+cheaper attempts since then 200 took 17.2 s, 11.6 a second (--trials 200 --batch 8).
 Speed at an earlier version, d812dd4, on two cores (AMD EPYC), JAX 0.10, float64, November 2026, 400 trials at
 each size: a batch of 8 is as fast as it gets.
 
