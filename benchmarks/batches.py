@@ -5,7 +5,6 @@ The reference trial: 50 points with 4 label switches, 32 neurons, to the certifi
     python benchmarks/batches.py                    # 400 trials or 12 batches at each size, 10 minutes
     python benchmarks/batches.py --quick            # 64 trials or 2 batches at 4 and 8
     python benchmarks/batches.py --trials 10000 --batch 8
-    python benchmarks/batches.py --trials 512 --batch 8 --cores
 
 Of 10,000 trials in batches of 8 (version b689eca, beside other work, which changes no share) 91.3 % of what is computed
 is used; waiting for the slowest would use 45.6 %. A trial takes a median of 490 attempts, 1,083 at most; one of the
@@ -21,7 +20,6 @@ each size: a batch of 8 is as fast as it gets.
 """
 
 import argparse
-import os
 import platform
 import time
 
@@ -31,14 +29,12 @@ import numpy as np
 import gradflow as gf
 
 
-def measure(batch: int, trials: int, key, executor=None) -> str:
+def measure(batch: int, trials: int, key) -> str:
     """One study, its programs compiled beforehand."""
     trial = gf.Trial()
-    # A task has 16 batches, and every process compiles at its first one.
-    warm = 1 if executor is None else 16 * batch * (os.cpu_count() - 1) + 1
-    gf.run_study(trial, key=key, trials=warm, batch=batch, executor=executor)
+    gf.run_study(trial, key=key, trials=1, batch=batch)
     begun = time.monotonic()
-    study = gf.run_study(trial, key=key, trials=trials, batch=batch, executor=executor)
+    study = gf.run_study(trial, key=key, trials=trials, batch=batch)
     seconds = time.monotonic() - begun
     attempts = study["steps"].values + study["rejected"].values
     useful = attempts.sum() / study.attrs["lane_attempts"]
@@ -56,7 +52,6 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--trials", type=int)
     parser.add_argument("--batch", type=int, nargs="+")
-    parser.add_argument("--cores", action="store_true", help="a process for each core, by gf.cores()")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     device = jax.devices()[0]
@@ -66,12 +61,9 @@ def main():
         f"{'batch':>6}{'trials':>8}{'seconds':>9}{'trials/s':>11}{'us/attempt':>12}{'useful':>9}{'(naive)':>9}", end=""
     )
     print(f"{'median':>9}{'most':>7}{'open':>6}")
-    executor = gf.cores() if args.cores else None
     for batch in batches:
         trials = args.trials or (max(64, 2 * batch) if args.quick else max(400, 12 * batch))
-        print(measure(batch, trials, jax.random.key(0), executor), flush=True)
-    if executor is not None:
-        executor.shutdown()
+        print(measure(batch, trials, jax.random.key(0)), flush=True)
 
 
 if __name__ == "__main__":

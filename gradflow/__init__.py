@@ -11,7 +11,6 @@ from gradflow.archive import load as load
 from gradflow.archive import studies as studies
 from gradflow.certificate import kkt_residual as kkt_residual
 from gradflow.claim import Claim as Claim
-from gradflow.cores import cores as cores
 from gradflow.data import Dataset as Dataset
 from gradflow.descent import Descent as Descent
 from gradflow.descent import DescentStatus as DescentStatus

@@ -57,7 +57,7 @@ def run_study(
       are saved every half minute, and when the study is interrupted;
     - `batch`: trials that a compiled program holds at a time; one that ends makes room for the next. The default is 8
       on CPUs, where each core has a program of its own, and as many as fit in memory elsewhere, on each device;
-    - `executor`: any `concurrent.futures.Executor`, such as `gradflow.cores()` or `client.get_executor()` of a
+    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` or `client.get_executor()` of a
       Dask cluster, to run the trials in tasks of 16 batches each. The default is this process and all its devices;
     - `progress`: called now and then with a `Progress`.
 

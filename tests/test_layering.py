@@ -16,7 +16,7 @@ PACKAGE = Path(gradflow.__file__).parent
 ORDER = (
     "network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock program "
     "certificate undefined implicit limit outcome hybrid course trace saltation sensitivity flow descent optimum "
-    "influence placement theory record trial lane engine statistics archive store watch dispatch cores study claim "
+    "influence placement theory record trial lane engine statistics archive store watch dispatch study claim "
     "scaling table design style flow_plot study_plot sweep_plot animation plot __main__"
 ).split()
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}

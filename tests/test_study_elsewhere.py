@@ -20,7 +20,6 @@ import stand_in
 from stand_in import KEY, QUICK, same, traces, trial  # noqa: F401 (fixtures)
 
 from gradflow.archive import VARIABLES, load
-from gradflow.cores import cores
 from gradflow.store import Store
 from gradflow.study import run_study, run_sweep
 
@@ -98,38 +97,12 @@ def test_a_dask_cluster_loses_a_worker_and_no_trial(trial, tmp_path, monkeypatch
     assert killed and same(found, run_study(trial, key=KEY, trials=trials))
 
 
-def where_it_runs(_):
-    time.sleep(0.3)  # until the others have taken theirs
-    return os.sched_getaffinity(0)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="binding processes to cores takes Linux")
-def test_every_process_has_a_core_of_its_own():
-    there = os.sched_getaffinity(0)
-    with cores() as executor:
-        found = list(executor.map(where_it_runs, range(2 * len(there))))
-    assert {len(one) for one in found} == {1} and set().union(*found) == there
-    assert os.sched_getaffinity(0) == there
-
-
-@pytest.mark.parametrize("count", [0, -1, 10**6, 1.0, True])
-def test_counts_that_are_none_are_refused(count):
-    with pytest.raises(ValueError, match="count must be a whole number from 1 to"):
-        cores(count)
-
-
-def test_where_processes_cannot_be_bound_that_is_said(monkeypatch):
-    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
-    with pytest.raises(NotImplementedError, match="cannot bind processes to cores"):
-        cores()
-
-
 @pytest.mark.slow
 def test_real_trials_do_not_depend_on_who_runs_them(tmp_path):
     """Bit by bit where the batch is the same, and to rounding and its consequences where it is not."""
     trials = 40
     expected = run_study(QUICK, key=KEY, trials=trials, batch=8)
-    with cores() as executor:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
         assert same(run_study(QUICK, key=KEY, trials=trials, batch=8, executor=executor), expected)
 
     def stop(now):
