@@ -37,7 +37,7 @@ from gradflow.data import Dataset
 from gradflow.implicit import moved
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots, linear_regions
-from gradflow.program import Cones, Solution, neurons_held, solve
+from gradflow.program import CERTAIN, Cones, Solution, neurons_held, solve
 
 _AGREE = 1e-8  # relative difference of the two values
 _SIZES = (24, 64)  # how many points may be support vectors: first, and if need be
@@ -224,7 +224,11 @@ def uniqueness(net: ReluNetwork, multipliers: Float[Array, " n"], data: Dataset)
     # Between these places all neurons are linear: at the breakpoints (−b : w), and far out.
     everywhere = values(jnp.concatenate([-net.b, far]), jnp.concatenate([net.w, jnp.zeros_like(far)]))
     everywhere = jnp.concatenate([seen, jnp.where(jnp.isfinite(everywhere), everywhere, 0)])
-    gap = jnp.max(jnp.abs(everywhere[:, :, None] - everywhere[:, None, :]), axis=0)
+    # Row by row: at once it would be an array of all places and all pairs.
+    gap = jnp.zeros((net.width, net.width), net.w.dtype)
+    gap = jax.lax.fori_loop(
+        0, len(everywhere), lambda i, gap: jnp.maximum(gap, jnp.abs(everywhere[i, :, None] - everywhere[i, None])), gap
+    )
     index = jnp.arange(net.width)
     repeats = (gap <= _SAME) & (index[:, None] < index[None, :]) & live[:, None]
     distinct = jnp.sum(live & ~jnp.any(repeats, axis=0))
@@ -234,14 +238,21 @@ def uniqueness(net: ReluNetwork, multipliers: Float[Array, " n"], data: Dataset)
 def _rank(columns: Float[Array, "m k"]) -> Int[Array, ""]:
     """How many columns of size about 1 are linearly independent, by Gram–Schmidt with pivots."""
 
-    def remove(_, state):
-        count, rest = state
-        size = jnp.sqrt(jnp.sum(rest**2, axis=0))
-        most = jnp.argmax(size)
-        unit = rest[:, most] / jnp.where(size[most] > 0, size[most], 1)
-        return jnp.where(size[most] > _SAME, count + 1, count), rest - unit[:, None] * (unit @ rest)[None, :]
+    def sizes(rest):
+        return jnp.sqrt(jnp.sum(rest**2, axis=0))
 
-    return jax.lax.fori_loop(0, min(columns.shape), remove, (jnp.zeros((), int), columns))[0]
+    def remove(state):
+        count, rest = state
+        size = sizes(rest)
+        most = jnp.argmax(size)
+        unit = rest[:, most] / size[most]
+        return count + 1, rest - unit[:, None] * (unit @ rest)[None, :]
+
+    def goes_on(state):
+        count, rest = state
+        return (count < min(columns.shape)) & (jnp.max(sizes(rest)) > _SAME)
+
+    return jax.lax.while_loop(goes_on, remove, (jnp.zeros((), int), columns))[0]
 
 
 def candidate(net: ReluNetwork, sliding: Float[Array, " k"], data: Dataset, wanted: Bool[Array, ""]) -> Candidate:
@@ -313,8 +324,11 @@ def _settle(x, y, real, net: ReluNetwork, sliding, wanted) -> Solution:
     def more(state):
         round_, allowed, *_ = state
         solution = solve(x, y, real, allowed, goes_on(state))
-        new = spread(cones, allowed, cones.forces(solution.multipliers * y))
-        return round_ + 1, new, jnp.any(new != allowed), solution
+        z = cones.forces(solution.multipliers * y)
+        new = spread(cones, allowed, z)
+        # Cells that would grow no neuron leave the solution as it is.
+        gains = jnp.sum(cones.project(z, cones.place(z)) ** 2, axis=1) > (1 + CERTAIN) ** 2
+        return round_ + 1, new, jnp.any(new & ~allowed & gains), solution
 
     empty = Solution(jnp.zeros_like(x), jnp.zeros((2, 2, 2 * x.shape[0]), x.dtype), jnp.zeros((), x.dtype))
     start = (jnp.zeros((), int), cells_of(net, sliding, x), wanted, empty)

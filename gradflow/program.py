@@ -15,7 +15,8 @@ is where the neurons of the cell end up: inside it along ±z_c, or on a ray, wit
 **Method.** A barrier, μ (Σ log λ_i + Σ_A log(1 − h²)), maximised by damped Newton steps for falling μ. Its stationary
 points are primal feasible too: g_sc = 2 μ P_c z/(1 − h²) has margins 1 + μ/λ_i. Slacks lose half of their digits on the
 way, so the last steps are Newton's on the equations h = 1 and q_i = 1 of the constraints that have proved active,
-proximally regularised as amplitudes need not be unique (Rockafellar 1976).
+proximally regularised as amplitudes need not be unique (Rockafellar 1976). Mostly they show at μ = 10⁻⁶ of the mean λ;
+where what Newton's method then finds is not optimal to 10⁻¹¹, the barrier goes on.
 """
 
 import equinox as eqx
@@ -30,12 +31,12 @@ from gradflow.sites import Sites
 _CENTRE = 1e4  # first μ over the first λ: a path that starts in the middle stays there
 _BARRIER = 200  # Newton steps of the barrier, at most
 _POLISH = 8  # Newton steps for one set of active constraints
-_ROUNDS = 12  # of corrections to that set
-_CERTAIN = 1e-11  # what Newton's method leaves of a constraint that it meets
+_ROUNDS = 13  # in which that set is corrected, at last; but for the first, which measures; two before that
+CERTAIN = 1e-11  # what Newton's method leaves of a constraint that it meets
 _NOTHING = 1e-13  # a neuron's share of ½‖θ‖² that is rounding
 _ACTIVE = 30.0
 _SHRINK = 0.1  # of μ, once a Newton step was short
-_ACCURATE = 1e-12  # μ over the mean λ at which the active constraints are read off
+_ACCURATE = 1e-6, 1e-9, 1e-12  # μ over the mean λ at which the active constraints are read off, until all is certain
 _PRECISE = 1e-8  # μ over the mean λ down to which amplitudes have their digits
 _PROXIMAL = 1e-7
 _RIDGE = 1e-13
@@ -142,12 +143,31 @@ def solve(
         p = cones.project(z, place)
         return z, place, p, jnp.where(allowed, jnp.sum(p**2, axis=1), 0)
 
-    def barrier(lam, mu):
-        *_, squared = ingredients(lam)
-        good = jnp.all(jnp.where(real, lam > 0, True)) & jnp.all(squared < 1)
-        value = jnp.sum(jnp.where(real, lam + mu * jnp.log(jnp.where(lam > 0, lam, 1)), 0))
-        value += mu * jnp.sum(jnp.log1p(-jnp.where(squared < 1, squared, 0)))
-        return jnp.where(good, value, -jnp.inf)
+    def barrier(lam, mu, step):
+        """Its value at λ + t `step`, as a function of t. Forces are linear in t, and summed only once."""
+        first, second = cones.first, cones.second
+
+        def along(force):
+            z = cones.sites.pull(force * y)
+            turns = first[0] * z[1] - first[1] * z[0], z[0] * second[1] - z[1] * second[0]
+            return jnp.stack([*turns, jnp.sum(z * first, axis=0), jnp.sum(z * second, axis=0), *z])
+
+        here, change = along(lam), along(step)
+
+        def value(t):
+            from_first, to_second, on_first, on_second, *z = here + t * change
+            new, squared = lam + t * step, z[0] ** 2 + z[1] ** 2
+            good, slacks = jnp.all(jnp.where(real, new > 0, True)), jnp.zeros_like(mu)
+            for sign, some in zip((1, -1), allowed, strict=True):
+                inside = (sign * from_first <= 0) & (sign * to_second <= 0)  # as in `Cones.place`
+                on_ray = jnp.maximum(jnp.maximum(sign * on_first, sign * on_second), 0)
+                h = jnp.where(some, jnp.where(inside, squared, on_ray**2), 0)
+                good &= jnp.all(h < 1)
+                slacks += jnp.sum(jnp.log1p(-jnp.where(h < 1, h, 0)))
+            own = jnp.sum(jnp.where(real, new + mu * jnp.log(jnp.where(new > 0, new, 1)), 0))
+            return jnp.where(good, own + mu * slacks, -jnp.inf)
+
+        return value
 
     def direction(lam, mu, careful):
         _, place, p, squared = ingredients(lam)
@@ -172,32 +192,50 @@ def solve(
     # too long, the next step is careful: as if all z were inside their cells, where the second derivative is largest.
     lengths = jnp.append(2.0 ** jnp.arange(8, -16, -1, dtype=x.dtype), 0)
 
-    def iterate(state):
-        count, lam, mu, careful, kept, _ = state
+    def iterate(path, accurate):
+        """One Newton step, and whether μ is small enough."""
+        count, lam, mu, careful, kept = path
         step, decrement, lines = direction(lam, mu, careful)
         mean = jnp.sum(lam) / jnp.sum(real_)
         kept = jnp.where(mu > _PRECISE * mean, lines, kept)
         # To at most 0.95 of the boundary λ = 0; that of the cells by trial.
         toward = jnp.where(real & (step < 0), -step / jnp.where(real, lam, 1), 0)
         tries = jnp.minimum(lengths, 0.95 / jnp.maximum(jnp.max(toward), 1e-30))
-        values = jax.vmap(lambda t: barrier(lam + t * step, mu))(tries)
+        values = jax.vmap(barrier(lam, mu, step))(tries)
         best, here = jnp.argmax(values[:-1]), values[-1]
         moved = values[best] >= here
         new = jnp.where(moved, lam + tries[best] * step, lam)
         near = jnp.where(careful, ~moved, decrement < 0.3)
         careful = ~near & (~moved | (tries[best] < 0.1))
-        small = mu <= _ACCURATE * mean
-        return count + 1, new, jnp.where(~near | small, mu, _SHRINK * mu), careful, kept, near & small
+        small = mu <= accurate * mean
+        return (count + 1, new, jnp.where(~near | small, mu, _SHRINK * mu), careful, kept), near & small
+
+    def goes_on(state):
+        stage, _, best = state
+        return wanted & (stage < len(_ACCURATE)) & ~(best.residual <= CERTAIN)
+
+    def attempt(state):
+        """On with the barrier to the next accuracy, and Newton's method from there."""
+        stage, path, best = state
+        accurate, last = jnp.asarray(_ACCURATE, x.dtype)[stage], stage == len(_ACCURATE) - 1
+        idle = ~goes_on(state)  # a lane that waits for others
+        path, _ = jax.lax.while_loop(
+            lambda s: ~s[1] & (s[0][0] < _BARRIER), lambda s: iterate(s[0], accurate), (path, idle)
+        )
+        _, lam, mu, _, kept = path
+        _, _, lines = direction(lam, mu, False)
+        rounds = jnp.where(idle, 0, jnp.where(last, _ROUNDS, 2))
+        found = _polish(cones, y, real, allowed, lam, mu, lines, kept, rounds)
+        better = (found.residual < best.residual) | (stage == 0)
+        return stage + 1, path, jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
 
     one = cones.forces(real_ * y)
     place = cones.place(one)
     largest = jnp.sqrt(jnp.max(jnp.where(allowed, jnp.sum(cones.project(one, place) ** 2, axis=1), 0)))
     lam = real_ * 0.3 / jnp.where(largest > 0, largest, 1)
-    mu = _CENTRE * jnp.max(lam)
-    start = (jnp.zeros((), int), lam, mu, jnp.array(False), jnp.zeros_like(one), ~wanted)
-    _, lam, mu, _, kept, _ = jax.lax.while_loop(lambda s: ~s[-1] & (s[0] < _BARRIER), iterate, start)
-    _, _, lines = direction(lam, mu, False)
-    return _polish(cones, y, real, allowed, lam, mu, lines, kept, wanted)
+    path = jnp.zeros((), int), lam, _CENTRE * jnp.max(lam), jnp.array(False), jnp.zeros_like(one)
+    nothing = Solution(jnp.zeros_like(lam), jnp.zeros_like(one), jnp.full((), jnp.inf, x.dtype))
+    return jax.lax.while_loop(goes_on, attempt, (jnp.zeros((), int), path, nothing))[2]
 
 
 def lower_bound(x: Float[Array, " n"], y: Float[Array, " n"], multipliers: Float[Array, " n"]) -> Float[Array, ""]:
@@ -208,7 +246,7 @@ def lower_bound(x: Float[Array, " n"], y: Float[Array, " n"], multipliers: Float
     return jnp.sum(lam) / jnp.where(largest > 0, largest, jnp.inf)
 
 
-def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, wanted) -> Solution:
+def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, rounds) -> Solution:
     """Newton's method on h_c = 1 and q_i = 1 of the constraints that are active at the end of the barrier.
 
     Amplitudes start as they were in `kept`: 2μ/(1 − h²) has lost its digits by the end, and those that are not unique
@@ -325,17 +363,17 @@ def _polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, wanted) -> Sol
         now = measured(lam, amplitude, support, every_h, e, place)
         better = (now.residual < best.residual) | (round_ == 0)
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), now, best)
-        worst = jnp.minimum(jnp.minimum(jnp.min(lam), jnp.min(amplitude)), -_CERTAIN * total)
+        worst = jnp.minimum(jnp.minimum(jnp.min(lam), jnp.min(amplitude)), -CERTAIN * total)
         changed = (
-            real & ((support & (lam > worst)) | (q < 1 - _CERTAIN)),
-            (in_use & (amplitude > worst)) | (allowed[sign, cell] & (h > 1 + _CERTAIN)),
+            real & ((support & (lam > worst)) | (q < 1 - CERTAIN)),
+            (in_use & (amplitude > worst)) | (allowed[sign, cell] & (h > 1 + CERTAIN)),
         )
         support, in_use = jax.tree.map(lambda a, b: jnp.where(round_ == 0, a, b), (support, in_use), changed)
         return round_ + 1, lam, amplitude, support, in_use, best
 
     nothing = Solution(jnp.zeros_like(lam), jnp.zeros_like(lines), jnp.full_like(total, jnp.inf))
     start = (jnp.zeros((), int), lam, amplitude, support, in_use, nothing)
-    *_, best = jax.lax.while_loop(lambda s: wanted & (s[-1].residual > _CERTAIN) & (s[0] <= _ROUNDS), correct, start)
+    *_, best = jax.lax.while_loop(lambda s: (s[-1].residual > CERTAIN) & (s[0] < rounds), correct, start)
     return best
 
 
