@@ -1,7 +1,7 @@
 """Many trials on one device: a batch of lanes that fresh trials enter as others end.
 
-A *segment* follows all lanes for some attempts. Then the rounds that have ended are closed, a *group* of lanes at a
-time, finished trials are taken out, and fresh ones are put in their place. What is computed in one lane does not depend
+A *segment* follows all lanes until the rounds of a *group* of them have ended, or for some attempts. Such rounds are
+closed, finished trials taken out, and fresh ones put in their place. What is computed in one lane does not depend
 on the others, nor on where segments end.
 """
 
@@ -54,8 +54,24 @@ def _enter(lanes, fresh, rows, places):
 
 
 @eqx.filter_jit
-def _follow(lanes, attempts):
-    lanes = eqx.filter_vmap(lambda lane: lane.follow(attempts))(lanes)
+def _follow(lanes, attempts, enough):
+    """The lanes on by so many step attempts, or until in so many a round has ended, and which and how far they are."""
+    changes, stays = eqx.partition(lanes, eqx.is_array)
+
+    def waits(changes):
+        return eqx.combine(changes, stays).waits
+
+    def goes_on(state):
+        count, changes = state
+        return (count < attempts) & (jnp.sum(waits(changes)) < enough)
+
+    def attempt(state):
+        count, changes = state
+        lanes = eqx.filter_vmap(lambda lane: lane.follow(1))(eqx.combine(changes, stays))
+        return count + 1, eqx.filter(lanes, eqx.is_array)
+
+    _, changes = jax.lax.while_loop(goes_on, attempt, (jnp.zeros((), int), changes))
+    lanes = eqx.combine(changes, stays)
     return lanes, jnp.stack([lanes.waits.astype(int), lanes.attempts.astype(int)])
 
 
@@ -100,7 +116,7 @@ class Engine:
         if self.waiting:
             _, _, block, _ = self.waiting[0]
             idle = jax.tree.map(lambda a: a[np.zeros(self.width, int)] if eqx.is_array(a) else a, block).idle()
-            self.lanes, _ = _follow(idle, np.asarray(0))
+            self.lanes, _ = _follow(idle, np.asarray(0), np.asarray(self.group))
             self.lanes, *_ = _close(self.lanes, self.none)
 
     def run(self) -> None:
@@ -110,14 +126,15 @@ class Engine:
             busy = self.cells >= 0
             if not busy.any():
                 break
-            self.lanes, told = _follow(self.lanes, np.asarray(SEGMENT))
+            # A group costs the same however few lanes are in it: few wait, unless too few others are left.
+            enough = min(self.group, int(busy.sum()) // 4 + 1)
+            self.lanes, told = _follow(self.lanes, np.asarray(SEGMENT), np.asarray(enough))
             waits, now = np.asarray(told)
             made = np.where(busy, now - self.attempts, 0)
             self.attempts = now.copy()
             self.possible += int(made.max()) * self.width
             rows = np.flatnonzero(busy & (waits > 0))
-            # A group costs the same however few lanes are in it: those few wait, unless too few others are left.
-            while rows.size >= self.group or 4 * rows.size > busy.sum():
+            while rows.size >= enough:
                 some, rows = rows[: self.group], rows[self.group :]
                 self._close(some)
 
