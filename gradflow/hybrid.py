@@ -220,7 +220,7 @@ class Problem(eqx.Module):
         speed, rho = jnp.sqrt(velocity.squared_norm), jnp.sqrt(state.net.squared_norm)
         separated = self.separates(weights.log_loss)
         met = (
-            (state.time >= until.time.astype(dtype))
+            (jnp.isfinite(until.time) & (state.time >= until.time.astype(dtype)))  # τ may overflow
             | (weights.log_loss <= until.log_loss.astype(dtype))
             | (rho >= until.norm.astype(dtype))
         )
@@ -283,8 +283,9 @@ class Problem(eqx.Module):
         if self.points.x.shape[0] == 1:
             return step
         slow = state.slow.holds
-        ticks = jnp.exp(jnp.where(slow, clock, 0)) - jnp.exp(jnp.where(slow, state.clock, 0))
-        return jnp.where(slow, ticks * jnp.exp(jnp.where(slow, self.log_unit + end.log_rate, 0)), step)
+        # t₀ (eᶜ − eᵇ) from b to c; eᶜ alone may overflow where margins start at −1000.
+        ticks = jnp.expm1(jnp.where(slow, clock - state.clock, 0))
+        return jnp.where(slow, ticks * jnp.exp(jnp.where(slow, self.log_unit + state.clock + end.log_rate, 0)), step)
 
     def log_time(self, clock):
         """log t. Below log(1 + t/t₀) = 1 by expm1, beyond by the form that cannot overflow."""

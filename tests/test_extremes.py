@@ -94,6 +94,20 @@ def test_a_network_that_does_not_fit_the_scale_of_the_inputs_is_trained(scale):
     assert flow.status == gf.Status.reached and flow.rise <= 1e-6
 
 
+def test_flows_from_a_loss_of_e_to_the_thousands_end():
+    """log t₀ ≈ −2,000: e^c is infinite before t is 1, and τ where a flow that stalls is given up."""
+
+    def run(seed):
+        net, data = draw(seed, 16, 8)
+        until = gf.Until(log_loss=-1000.0)
+        return gf.integrate(net, gf.Dataset(data.x * 1e3, data.y), until=until, max_steps=3_000)
+
+    flows = jax.jit(jax.vmap(run))(jnp.arange(13))
+    reached, stalled = flows.status == gf.Status.reached, flows.status == gf.Status.stalled
+    assert jnp.all(reached | stalled) and jnp.any(jnp.isinf(flows.time)) and not jnp.any(jnp.isnan(flows.time))
+    assert jnp.all(reached == (flows.log_loss <= -1000))
+
+
 def test_one_class_and_one_point_reach_any_loss():
     net, data = draw(0, 10, 16)
     for y in (jnp.ones(10), -jnp.ones(10)):
