@@ -6,17 +6,18 @@ The reference trial: 50 points with 4 label switches, 32 neurons, to the certifi
     python benchmarks/batches.py --quick            # 64 trials or 2 batches at 4 and 8
     python benchmarks/batches.py --trials 10000 --batch 8
 
-Of 10,000 trials in batches of 8 (version b689eca, beside other work, which changes no share) 91.3 % of what is computed
-is used; waiting for the slowest would use 45.6 %. A trial takes a median of 490 attempts, 1,083 at most; one of the
-10,000 stayed open. On two cores (x86_64) of a shared machine 400 took 61.3 s, 6.5 a second (version 07bf73a); with the
-cheaper attempts since then 200 took 17.2 s, 11.6 a second (--trials 200 --batch 8).
-Speed at an earlier version, d812dd4, on two cores (AMD EPYC), JAX 0.10, float64, November 2026, 400 trials at
-each size: a batch of 8 is as fast as it gets.
+A trial takes a median of 490 attempts, 1,083 at most; one of 10,000 stayed open (version b689eca). On two cores (AMD
+EPYC), JAX 0.10, float64, November 2026, version bd85990, 400 trials at each size; in batches of all 400 that wait for
+the slowest 58.5 % would be useful:
 
-     batch   1     2     4     8    16    32
-  trials/s   9.0  10.5  11.6  12.0  12.3  11.4
- us/attempt  222   190   172   166   163   174
-    useful  100 %  93 %  91 %  90 %  88 %  84 %
+     batch   4     8     16
+  trials/s   21.2  21.4  21.1
+us/attempt   94    93    95
+    useful   99 %  98 %  96 %
+
+Alternately in one run, 300 trials in batches of 8: 22.7, 24.1 and 21.6 trials/s, and 22.0, 19.5 and 19.9 if batches do
+not return until 50 attempts are made (90 % useful). At both, closing rounds and beginning trials take a quarter of the
+time, following them 105 us an attempt and lane on one core.
 """
 
 import argparse

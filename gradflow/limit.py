@@ -296,7 +296,7 @@ def _candidate(net: ReluNetwork, sliding, data: Dataset, points: Points, size: i
         solution = _settle(
             x, jnp.append(points.y[chosen], 1.0), jnp.append(real[chosen], False), net, sliding, goes_on(state)
         )
-        found = solution.network()
+        found = solution.network(x)
         margins = jnp.where(real, points.y * found(points.x), jnp.inf)
         shares = jnp.zeros_like(points.x).at[chosen].set(jnp.where(real[chosen], solution.multipliers[:-1], 0))
         violated = jnp.any(margins < 1 - CERTIFIED)

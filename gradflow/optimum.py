@@ -224,7 +224,7 @@ def _on_some(points: Points, real: Bool[Array, " n"], size: int, wanted):
         xs = jnp.append(x[chosen], 2 * x[chosen[-1]] - x[chosen[0]] + 1)
         ys, some = jnp.append(y[chosen], 1.0), jnp.append(real[chosen], False)
         solution = solve(xs, ys, some, allowed, goes_on(state))
-        net = solution.network()
+        net = solution.network(xs)
         q = jnp.where(real, y * net(x), jnp.inf)
         lam = jnp.zeros_like(x).at[chosen].set(solution.multipliers[:-1])
         priority = jnp.where(lam > 0, 2.0 * n, jnp.where(q < 1, n * (1 + (1 - q) / (2 - q)), spread))

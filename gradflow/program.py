@@ -34,6 +34,7 @@ _POLISH = 8  # Newton steps for one set of active constraints
 _ROUNDS = 13  # in which that set is corrected, at last; but for the first, which measures; two before that
 CERTAIN = 1e-11  # what Newton's method leaves of a constraint that it meets
 _NOTHING = 1e-13  # a neuron's share of ½‖θ‖² that is rounding
+_UPRIGHT = 1e-10  # change of a neuron along the data, relative to itself, that is rounding: 1e-14 was seen
 _ACTIVE = 30.0
 _SHRINK = 0.1  # of μ, once a Newton step was short
 _ACCURATE = 1e-6, 1e-9, 1e-12  # μ over the mean λ at which the active constraints are read off, until all is certain
@@ -60,13 +61,18 @@ class Solution(eqx.Module):
     lines: Float[Array, "2 2 cells"]
     residual: Float[Array, ""]
 
-    def network(self) -> ReluNetwork:
-        """The balanced network with these lines: one neuron a cell in use, zero-padded to `neurons_held`."""
+    def network(self, x: Float[Array, " n"]) -> ReluNetwork:
+        """The balanced network with these lines: one neuron a cell in use, zero-padded to `neurons_held`.
+
+        One that is constant on the points `x` up to rounding bends nowhere. It would at ±10¹⁵: where all points are
+        active, optimal directions may well be upright, z = (0, ·).
+        """
         size = jnp.sqrt(jnp.sum(self.lines**2, axis=1)).reshape(-1)
         size, index = jax.lax.top_k(jnp.where(size > _NOTHING * jnp.sum(size), size, 0), neurons_held(size.size // 4))
         sign, cell = index // self.lines.shape[-1], index % self.lines.shape[-1]
         root = jnp.sqrt(jnp.where(size > 0, size, 1))
         w, b = jnp.where(size > 0, 1 / root, 0)[None] * self.lines[sign, :, cell].T
+        w = jnp.where(jnp.abs(w) * jnp.maximum(1, jnp.max(jnp.abs(x))) <= _UPRIGHT * jnp.abs(b), 0, w)
         return ReluNetwork(w, b, jnp.where(size > 0, jnp.where(sign == 0, root, -root), 0))
 
 

@@ -232,3 +232,19 @@ def test_any_multipliers_give_a_lower_bound():
     value = float(gf.max_margin(data).value)
     for lam in jr.normal(jr.key(0), (50, 4)):
         assert float(lower_bound(data.x, data.y, lam)) < value
+
+
+def test_a_flat_piece_is_one_piece():
+    """By hand: N = −1 on [−0.2, 0.1] between two lines, and a third. Neurons that are active on all points are upright
+    there; rounding gave them breakpoints at ±10¹⁵.
+    """
+    data = gf.Dataset([-1.0, -0.7, -0.2, 0.1, 0.45, 0.8, 1.0], [1, 1, -1, -1, 1, 1, -1])
+    nets = jax.vmap(lambda key: gf.ReluNetwork.random(key, 16))(jr.split(jr.key(0), 24)[5:10])
+    flows = jax.jit(jax.vmap(lambda net: gf.integrate(net, data)))(nets)
+    flat = [
+        limit for i in range(5) if abs((limit := jax.tree.map(lambda a, i=i: a[i], flows.limit)).value - 29.761) < 0.001
+    ]
+    assert len(flat) == 2
+    for limit in flat:
+        assert limit.check().regions == 4
+        np.testing.assert_allclose(limit.knots[:3], [-0.2, 0.1, 37 / 55], atol=1e-9)
