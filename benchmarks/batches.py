@@ -7,7 +7,8 @@ The reference trial: 50 points with 4 label switches, 32 neurons, to the certifi
     python benchmarks/batches.py --trials 10000 --batch 8
 
 A trial takes a median of 490 attempts, 1,083 at most; one of 10,000 stayed open (version b689eca). On two cores (AMD
-EPYC), JAX 0.10, float64, November 2026, version bd85990, 400 trials at each size; in batches of all 400 that wait for
+EPYC), JAX 0.10, float64, November 2026, version bd85990, 400 trials at each size
+(--trials 400 --batch 4 8 16); in batches of all 400 that wait for
 the slowest 58.5 % would be useful:
 
      batch   4     8     16
@@ -15,9 +16,8 @@ the slowest 58.5 % would be useful:
 us/attempt   94    93    95
     useful   99 %  98 %  96 %
 
-Alternately in one run, 300 trials in batches of 8: 22.7, 24.1 and 21.6 trials/s, and 22.0, 19.5 and 19.9 if batches do
-not return until 50 attempts are made (90 % useful). At both, closing rounds and beginning trials take a quarter of the
-time, following them 105 us an attempt and lane on one core.
+Alternately, 300 trials in batches of 8: 22.7, 24.1 and 21.6 trials/s, and 22.0, 19.5 and 19.9 if batches do not return
+until 50 attempts are made (90 % useful).
 """
 
 import argparse
