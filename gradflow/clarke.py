@@ -79,6 +79,10 @@ class Points(eqx.Module):
         """‖x̃_i‖² = x_i² + 1."""
         return self.x**2 + 1
 
+    @property
+    def norm(self) -> Float[Array, " n"]:
+        return jnp.sqrt(self.squared_norm)
+
 
 class Mode(eqx.Module):
     """The pattern of every neuron: its cell, and the ray on which it slides (−1: on none)."""
@@ -109,7 +113,12 @@ def inactive_cell(ray: Int[Array, "..."], n: int):
 
 def active_cell(ray: Int[Array, "..."], n: int):
     """The cell beside `ray` in which its point is active."""
-    return jnp.where(ray < n, ray, (ray + 1) % (2 * n))
+    return jnp.where(ray < n, ray, jnp.where(ray < 2 * n - 1, ray + 1, 0))
+
+
+def point_of(ray: Int[Array, "..."], n: int):
+    """The point to whose line `ray` belongs (−1 for −1, which is no ray)."""
+    return jnp.where(ray < n, ray, ray - n)
 
 
 def find_cell(net: ReluNetwork, x: Float[Array, " n"]) -> Int[Array, " k"]:
@@ -214,9 +223,10 @@ class Field(eqx.Module):
         """Unit vector along each neuron's ray, oriented like u on it (for sliding neurons; anything for the others)."""
         n = self.points.x.shape[0]
         ray = jnp.maximum(self.mode.ray, 0)
-        x = self.points.x[ray % n]
+        at = point_of(ray, n)
+        x = self.points.x[at]
         sign = jnp.where(ray < n, 1, -1).astype(x.dtype)
-        scale = sign / jnp.hypot(1, x)
+        scale = sign / self.points.norm[at]
         return jnp.stack([scale, -x * scale])
 
     def project(self, vector: Float[Array, "2 k"]) -> Float[Array, "2 k"]:

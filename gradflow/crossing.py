@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.clarke import Field, Points, Weights, cell_range
 from gradflow.network import ReluNetwork
+from gradflow.sites import sums_before
 
 _LEFT = 0.2  # of the tolerance, that a kick may leave undone
 _CHANGE = 0.5  # of the field in one step, up to which the estimate is believed
@@ -60,7 +61,7 @@ def cross(
     **Arguments** `weight`: W_j; `depth`: D_j; `size`: what u_j may be wrong by.
     """
     points, n = field.points, field.points.x.shape[0]
-    heaviest = jnp.maximum(start.p, end.p) * jnp.hypot(1, points.x)
+    heaviest = jnp.maximum(start.p, end.p) * points.norm
     rate = jnp.sum(end.c * field.squared_gradients(last)) + jnp.sum(heaviest)
     keeps = (first.w * last.w > 0) & ~field.mode.sliding
     w = jnp.where(keeps, jnp.minimum(jnp.abs(first.w), jnp.abs(last.w)), 1)
@@ -76,8 +77,7 @@ def cross(
 
     force, centre = 0.5 * (start.p + end.p) * points.y, points.x[n // 2]
     x = points.x - centre  # far from 0, differences of x would be lost in the sums
-    total = jnp.cumsum(force[None] * jnp.stack([jnp.ones_like(x), x, x**2]), axis=1)
-    total = jnp.concatenate([jnp.zeros_like(total[:, :1]), total], axis=1)
+    total = sums_before(force[None] * jnp.stack([jnp.ones_like(x), x, x**2]))
     (a, b), (c, d) = cell_range(field.mode.cell, n), cell_range(cell, n)
     m0, m1, m2 = (total[:, d] - total[:, c]) - (total[:, b] - total[:, a])
     begin, finish = -first.b / jnp.where(keeps, first.w, 1), -last.b / jnp.where(keeps, last.w, 1)
@@ -97,9 +97,8 @@ def pulls(points: Points, weights: Weights) -> Float[Array, "2 rays"]:
     weight = weights.p * points.y
     moments = jnp.stack([weight * points.x, weight])
     # From both ends: as a difference, a small sum beside a heavy point would be lost.
-    left, right = jnp.split(jnp.cumsum(jnp.concatenate([moments, moments[:, ::-1]]), axis=1)[:, :-1], 2)
-    none = jnp.zeros_like(moments[:, :1])
-    return jnp.concatenate([right[:, ::-1], none, none, left], axis=1)
+    left, right = jnp.split(sums_before(jnp.concatenate([moments, moments[:, ::-1]]))[:, :-1], 2)
+    return jnp.concatenate([right[:, ::-1], left], axis=1)
 
 
 def _passes_sticky_ray(field: Field, net: ReluNetwork, weights: Weights, cell: Int[Array, " k"]) -> Bool[Array, " k"]:
@@ -107,15 +106,17 @@ def _passes_sticky_ray(field: Field, net: ReluNetwork, weights: Weights, cell: I
 
     That depends on the neuron only through the signs of v and w, so it is counted once for all neurons.
     """
-    points = field.points
+    points, n = field.points, field.points.x.shape[0]
     weight, off = weights.p * points.y, pulls(points, weights)
     x = jnp.concatenate([points.x, points.x])
     inactive = off[0] * x + off[1]
     active = inactive + jnp.tile(weight * points.squared_norm, 2)
     sticky = jnp.stack([(inactive < 0) & (active > 0), (inactive > 0) & (active < 0)])  # for v < 0, for v > 0
-    count = jnp.concatenate([jnp.zeros((2, 1), jnp.int32), jnp.cumsum(sticky, axis=1, dtype=jnp.int32)], axis=1)
+    each = sums_before(sticky.astype(x.dtype).reshape(4, n)).reshape(2, 2, n + 1)
+    near, far = each[:, 0], each[:, 1]  # over the rays of w > 0, and of w < 0
+    count = jnp.concatenate([near, near[:, -1:] + far[:, 1:]], axis=1)
     sign = (net.v > 0).astype(jnp.int32)
-    old, rays = field.mode.cell, 2 * points.x.shape[0]
+    old, rays = field.mode.cell, 2 * n
     passed = count[sign, jnp.maximum(old, cell)] - count[sign, jnp.minimum(old, cell)]
     # Cells lie on a circle; the way is the shorter one, and may lead through its seam.
     return jnp.where(2 * jnp.abs(cell - old) > rays, count[sign, rays] - passed, passed) != 0

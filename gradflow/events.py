@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.clarke import Field, Mode, Points, Weights, active_cell, cell_range, find_cell, inactive_cell
+from gradflow.clarke import Field, Mode, Points, Weights, active_cell, cell_range, find_cell, inactive_cell, point_of
 from gradflow.crossing import cross, pulls
 from gradflow.network import ReluNetwork
+from gradflow.sites import sums_before
 
 NODES = np.linspace(0, 1, 5)  # where a step is sampled: enough for the quartics that Tsit5 and Rodas5P give
 _TO_QUARTIC = np.linalg.inv(np.vander(NODES, 5))
@@ -68,7 +69,7 @@ class Tolerance(eqx.Module):
 
 def rays(mode: Mode, n: int) -> Int[Array, "2 k"]:
     """The rays that can be hit next: the two beside a free neuron's cell, a sliding neuron's own (twice)."""
-    lower, upper = (mode.cell - 1) % (2 * n), mode.cell
+    lower, upper = jnp.where(mode.cell > 0, mode.cell - 1, 2 * n - 1), mode.cell
     return jnp.where(mode.sliding[None], mode.ray[None], jnp.stack([lower, upper]))
 
 
@@ -81,10 +82,11 @@ def distances(net: ReluNetwork, mode: Mode, points: Points) -> Float[Array, "2 k
     """Distance of every neuron from its two rays, positive inside the cell; if it slides, the length along its ray."""
     n = points.x.shape[0]
     ray = rays(mode, n)
-    x = points.x[ray % n]
+    at = point_of(ray, n)
+    x, norm = points.x[at], points.norm[at]
     upper = jnp.array([[False], [True]])
-    raw = (net.w[None] * x + net.b[None]) / jnp.hypot(1, x)
-    along = (net.w[None] - x * net.b[None]) / jnp.hypot(1, x) * jnp.where(ray < n, 1, -1).astype(x.dtype)
+    raw = (net.w[None] * x + net.b[None]) / norm
+    along = (net.w[None] - x * net.b[None]) / norm * jnp.where(ray < n, 1, -1).astype(x.dtype)
     free = _inward(ray, upper, n).astype(x.dtype) * raw
     return jnp.where(mode.sliding[None], along, free)
 
@@ -104,10 +106,9 @@ class Sides(eqx.Module):
 
 def side_velocities(points: Points, net: ReluNetwork, weights: Weights, ray: Int[Array, " k"], z) -> Sides:
     """At these rays, with `z` (2, k) the pull of all points but the ray's own."""
-    i = ray % points.x.shape[0]
-    x = points.x[i]
-    off = net.v * (z[0] * x + z[1]) / jnp.hypot(1, x)
-    return Sides(off, off + net.v * weights.p[i] * points.y[i] * jnp.hypot(1, x))
+    i = point_of(ray, points.x.shape[0])
+    off = net.v * (z[0] * points.x[i] + z[1]) / points.norm[i]
+    return Sides(off, off + net.v * (weights.p * points.y * points.norm)[i])
 
 
 class Outlook(eqx.Module):
@@ -173,12 +174,12 @@ def look_ahead(
     root, aim = jnp.where(hit, roots[:2], jnp.inf), jnp.clip(roots[2], 0.05, 0.95)
 
     # The jump of the field over all points passed.
-    heaviest = jnp.maximum(start.p, end.p) * jnp.hypot(1, points.x)
-    neighbour = jnp.sum(jnp.where(hit, heaviest[ray % n], 0), axis=0)
+    heaviest = jnp.maximum(start.p, end.p) * points.norm
+    neighbour = jnp.sum(jnp.where(hit, heaviest[point_of(ray, n)], 0), axis=0)
     passed = ~mode.sliding & jnp.any(scan[-1] < -touch, axis=0)
     cell = jnp.where(passed, find_cell(last, points.x), mode.cell)
     moved = _passed_weight(heaviest, mode.cell, cell, n)
-    weight = jnp.where(mode.sliding, heaviest[mode.ray % n], jnp.maximum(neighbour, moved))
+    weight = jnp.where(mode.sliding, heaviest[point_of(mode.ray, n)], jnp.maximum(neighbour, moved))
     weight = jnp.where(mode.sliding & hit[0], jnp.sum(heaviest), weight)
     matters = jnp.abs(last.v) * weight * step > 0.1 * tolerance.size(last)
     depth = jnp.max(jnp.where(hit, -jnp.min(scan, axis=0), 0), axis=0)
@@ -252,7 +253,7 @@ def _root(quartic, index, cells: int):
 
 def _passed_weight(weight, old, new, n: int):
     """Σ weight over the points that are active in exactly one of two cells."""
-    total = jnp.concatenate([jnp.zeros((1,), weight.dtype), jnp.cumsum(weight)])
+    total = sums_before(weight[None])[0]
     (a, b), (c, d) = cell_range(old, n), cell_range(new, n)
     low, high = jnp.maximum(a, c), jnp.maximum(jnp.minimum(b, d), jnp.maximum(a, c))
     both = total[high] - total[low]
@@ -285,7 +286,7 @@ def update(
     tangent = field.tangent()
     speed = outward.w * tangent[0] + outward.b * tangent[1]
     through = mode.sliding & (gap[0] <= 0.1 * tolerance.size(net)) & (speed < 0)
-    opposite = (mode.ray + n) % (2 * n)
+    opposite = jnp.where(mode.ray < n, mode.ray + n, mode.ray - n)
     ray = jnp.where(through, opposite, ray)
 
     sides = side_velocities(points, net, weights, ray, pulls(points, weights)[:, ray])
@@ -310,7 +311,7 @@ def update(
     beside = jnp.where(decided & ~slides, beside, mode.cell).astype(mode.cell.dtype)
     new = Mode(beside, jnp.where(decided, jnp.where(slides, ray, -1), mode.ray))
 
-    x = points.x[ray % n]
+    x = points.x[point_of(ray, n)]
     along = (net.w - x * net.b) / (1 + x**2)
     along = jnp.where(through, 0, along)
     on = decided | new.sliding

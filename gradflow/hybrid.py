@@ -99,8 +99,7 @@ class Problem(eqx.Module):
         start = field.weights(state.net.lines)
         remaining = (self.until.time.astype(dtype) - state.time) * jnp.exp(-start.log_factor)
         step = jnp.minimum(jnp.minimum(state.step, state.cap), remaining)
-        y, error, clock_error = self.advance(field, state, start, step)
-        nodes = jax.vmap(lambda net, lines: from_lines(net, lines, self.balance))(*y[:2])
+        y, nodes, error, clock_error = self.advance(field, state, start, step)
         new, clock = jax.tree.map(lambda a: a[-1], (nodes, y[2]))
         end = field.weights(new.lines)
         ratio, noise = self.error_ratio(field, state, new, clock, error, clock_error, end, tolerance)
@@ -157,7 +156,9 @@ class Problem(eqx.Module):
         return self.judge(state)
 
     def advance(self, field: Field, state: State, weights: Weights, step):
-        """One step of the fitting solver: its unknowns at the five `NODES` of the step, and their error."""
+        """One step of the fitting solver: its unknowns at the five `NODES` of the step, the network there, and the
+        errors of the last network and of the clock.
+        """
         y, zero = (state.net, state.net.lines, state.clock), jnp.zeros_like(step)
         terms = diffrax.ODETerm(field)
 
@@ -170,9 +171,13 @@ class Problem(eqx.Module):
                     raise ValueError(f"{type(solver).__name__} gives no error estimate; wrap it in diffrax.HalfSolver")
                 dense = solver.interpolation_cls(t0=zero, t1=step, **dense)
                 inner = jax.vmap(dense.evaluate)(step * jnp.asarray(NODES[1:-1], step.dtype))
-                nodes = jax.tree.map(lambda a, b, c: jnp.concatenate([a[None], b, c[None]]), y, inner, new)
-                change = jax.jvp(lambda net, lines: from_lines(net, lines, self.balance), new[:2], error[:2])[1]
-                return nodes, change, error[2]
+                wrong = jax.tree.map(jnp.add, new, error)
+                later = jax.tree.map(lambda a, b, c: jnp.concatenate([a, b[None], c[None]]), inner, new, wrong)
+                nets = jax.vmap(lambda net, lines: from_lines(net, lines, self.balance))(*later[:2])
+                at_nodes, nodes = jax.tree.map(
+                    lambda a, b: jnp.concatenate([a[None], b[:-1]]), (y, state.net), (later, nets)
+                )
+                return at_nodes, nodes, jax.tree.map(lambda a: a[-1] - a[-2], nets), error[2]
 
             return branch
 

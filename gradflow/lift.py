@@ -43,27 +43,28 @@ def from_lines(net: ReluNetwork, lines: Float[Array, "2 k"], balance: Float[Arra
     # A neuron that slides down its ray shrinks for ever, to where squares of squares are 0: it is left as it is.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(jnp.stack([net.w, net.b, net.v])), axis=0))
     vanishes = largest <= 16 * jnp.sqrt(jnp.finfo(largest.dtype).tiny)
-    largest = jnp.where(vanishes, 1, largest)
-    w, b = (jnp.where(vanishes, 1, a) for a in (net.w, net.b))
-    norm = jnp.hypot(w, b)
-    far = (jnp.abs(net.v) >= _TURNS * norm) & (norm > 0) & ~vanishes
-    # Stand-ins keep derivatives finite in the branch that is not taken; in units of the largest squares stay in range.
-    unit = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(lines), axis=0), jnp.abs(balance)))
-    unit = jnp.where(far & (unit > 0), unit, 1)
-    g = jnp.where(far[None], lines / unit[None], 1)
-    beta = jnp.where(far, balance / unit, 0)
-    length = jnp.hypot(g[0], g[1])
-    size = jnp.hypot(beta, 2 * length)
-    positive = beta >= 0
-    squared = jnp.where(positive, (beta + size) / 2, 2 * length * (length / jnp.where(positive, 1, size - beta)))
-    root, v = jnp.sqrt(unit), jnp.where(net.v < 0, -1, 1) * jnp.sqrt(squared)
-    total = jnp.where(vanishes, 1, (net.v / largest) ** 2 + (norm / largest) ** 2)
-    epsilon = 0.5 * ((net.v - norm) / largest * ((net.v + norm) / largest) - balance / largest**2) / total
-    epsilon = jnp.where(vanishes, 0, epsilon)
+    # In units of the largest squares stay in range. Stand-ins keep derivatives finite in the branch that is not taken.
+    over = 1 / jnp.where(vanishes, 1, largest)
+    w, b, v = (jnp.where(vanishes, 1, a * over) for a in (net.w, net.b, net.v))
+    squared_norm = w**2 + b**2
+    far = (v**2 >= _TURNS**2 * squared_norm) & (squared_norm > 0) & ~vanishes
+    beta = balance * over**2
+
+    g = jnp.where(far[None], lines * over[None] ** 2, 1)
+    signed = jnp.where(far, beta, 0)
+    squared_length = g[0] ** 2 + g[1] ** 2
+    size = jnp.sqrt(signed**2 + 4 * squared_length)
+    positive = signed >= 0
+    squared_v = jnp.where(positive, (signed + size) / 2, 2 * squared_length / jnp.where(positive, 1, size - signed))
+    there = jnp.where(v < 0, -1, 1) * jnp.sqrt(squared_v)
+
+    total = squared_norm + v**2
+    epsilon = jnp.where(vanishes, 0, 0.5 * (v**2 - squared_norm - beta) / total)
+    per_v = largest / jnp.where(far, there, 1)
     return ReluNetwork(
-        jnp.where(far, root * g[0] / v, net.w * (1 + epsilon)),
-        jnp.where(far, root * g[1] / v, net.b * (1 + epsilon)),
-        jnp.where(far, root * v, net.v * (1 - epsilon)),
+        jnp.where(far, per_v * g[0], net.w * (1 + epsilon)),
+        jnp.where(far, per_v * g[1], net.b * (1 + epsilon)),
+        jnp.where(far, largest * there, net.v * (1 - epsilon)),
     )
 
 

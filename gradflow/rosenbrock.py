@@ -146,22 +146,19 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         def combine(weights, stages):
             return jnp.matmul(weights.astype(start.dtype), stages, precision=jax.lax.Precision.HIGHEST)
 
-        def stage(stages, row):
-            i, weights = row
+        def stage(carry, row):
+            (stages, sums), (i, weights, last) = carry, row
             point, pushed = combine(weights, stages)
             slope, _ = ravel_pytree(terms.vf(t0, unravel(start + point), args))
             new, _ = ravel_pytree(solve(unravel(slope + pushed)))
-            return jax.lax.dynamic_update_index_in_dim(stages, new, i, 0), None
+            stages = jax.lax.dynamic_update_index_in_dim(stages, new, i, 0)
+            return (stages, sums + last[:, None] * new[None]), None
 
         rows = jnp.stack([jnp.asarray(_A, h.dtype), jnp.asarray(_C, h.dtype) / h], axis=1)
-        empty = jnp.zeros((8, start.size), start.dtype)
-        stages, _ = jax.lax.scan(stage, empty, (jnp.arange(8), rows))
-        # Term by term: as one product in a batch it would transpose all stages.
-        last = jnp.asarray(_LAST, start.dtype)
-        sums = last[:, 0, None] * stages[0][None]
-        for j in range(1, 8):
-            sums += last[:, j, None] * stages[j][None]
-        change, *d = sums
+        empty = jnp.zeros((8, start.size), start.dtype), jnp.zeros((4, start.size), start.dtype)
+        # Summed up on the way, as sums after the loop would be computed anew for all that is made of them.
+        last = jnp.asarray(_LAST.T, start.dtype)
+        (stages, (change, *d)), _ = jax.lax.scan(stage, empty, (jnp.arange(8), rows, last))
         y1 = unravel(start + change)
         return y1, unravel(stages[7]), dict(y0=y0, y1=y1, d=tuple(map(unravel, d))), None, diffrax.RESULTS.successful
 

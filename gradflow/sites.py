@@ -13,6 +13,7 @@ that sums over any number of points is one over at most 2(k + 1) positions, exac
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 _FEW = 4096  # pairs: products were faster at 1,600; where they stop being so was not measured
@@ -21,6 +22,14 @@ _FEW = 4096  # pairs: products were faster at 1,600; where they stop being so wa
 def few(positions: int, neurons: int) -> bool:
     """Whether all pairs are few enough to be looked at one by one."""
     return positions * neurons <= _FEW
+
+
+def sums_before(terms: Float[Array, "m n"]) -> Float[Array, "m n+1"]:
+    """Of every row, the sums of its first 0, 1, …, n terms; by a product, if they are few."""
+    n = terms.shape[1]
+    if few(n, n + 1):
+        return _product(terms, jnp.asarray(np.tri(n + 1, n, -1).T, terms.dtype))
+    return jnp.concatenate([jnp.zeros_like(terms[:, :1]), jnp.cumsum(terms, axis=1)], axis=1)
 
 
 class Sites(eqx.Module):
@@ -66,8 +75,7 @@ class Sites(eqx.Module):
         moments = jnp.stack([force * self.x, force])
         if self.transposed is not None:
             return _product(moments, self.transposed)
-        total = jnp.cumsum(moments, axis=1)
-        total = jnp.concatenate([jnp.zeros_like(total[:, :1]), total], axis=1)
+        total = sums_before(moments)
         return total[:, self.high] - total[:, self.low]
 
     def squares(self, moments: Float[Array, "4 k"]) -> Float[Array, " s"]:
