@@ -7,17 +7,24 @@ The reference trial: 50 points with 4 label switches, 32 neurons, to the certifi
     python benchmarks/batches.py --trials 10000 --batch 8
 
 A trial takes a median of 490 attempts, 1,083 at most; one of 10,000 stayed open (version b689eca). On two cores (AMD
-EPYC), JAX 0.10, float64, November 2026, version bd85990, 400 trials at each size
-(--trials 400 --batch 4 8 16); in batches of all 400 that wait for
+EPYC), JAX 0.10, float64, November 2026, 400 trials at each size
+(--trials 400 --batch 4 8 16), while others on the machine were busy; in batches of all 400 that wait for
 the slowest 58.5 % would be useful:
 
      batch   4     8     16
-  trials/s   21.2  21.4  21.1
-us/attempt   94    93    95
+  trials/s   16.5  20.0  16.5
+us/attempt   121   100   121
     useful   99 %  98 %  96 %
 
-Alternately, 300 trials in batches of 8: 22.7, 24.1 and 21.6 trials/s, and 22.0, 19.5 and 19.9 if batches do not return
-until 50 attempts are made (90 % useful).
+Alternately, 300 trials in batches of 8 and 16: 22.1 and 20.5, then 24.5 and 22.3 trials/s; version aa94089 21.9 and
+22.6 in batches of 8. On a pinned core, in turn, a lane's attempt in a batch of 8 took 98 µs, that version 108.
+
+What did not help: other safety factors of the step (0.8 and 0.7 instead of 0.9: 490 to 508 attempts); elimination by
+halves, with Schur complements (17 instead of 24 µs a lane at 50 points, 31 instead of 51 at 66, without the refinement
+that nearly singular halves would need, which would take most of that); blocks of ten pivots (20 µs, the same fault).
+Of 445 attempts before the limit 163 end where a breakpoint crosses a point without sticking, 12 % are rejected for
+their error, 6 % because an event was missed; the jumps at those crossings are a hundred to ten thousand tolerances, too
+large to be put right afterwards.
 """
 
 import argparse

@@ -8,13 +8,13 @@ then with a filled compilation cache.
     python benchmarks/costs.py            # up to n = 100,000 and k = 4,096
     python benchmarks/costs.py --quick    # up to n = 1,000 and k = 256
 
-Two cores (x86_64), JAX 0.10, float64, November 2026, of version dda1393.
-k = 32: n = 100 takes 279 µs an attempt and 0.18 MB, n = 1,000 852
-and 0.54, n = 10,000 4,910 and 5.15, n = 100,000 27,974 and 50.7: exponents 0.49, 0.76 and 0.76. n = 50: k = 64 takes
-198 µs and 0.20 MB, k = 256 407 and 0.60, k = 1,024 880 and 2.20, k = 4,096 6,153 and 8.55: exponents 0.52, 0.56 and
-1.40, and 0.83 from end to end (nothing in the code is of size n k, and memory is linear; what one core's cache holds is
-not enough for the last).
-Before random draws became one program each, a start took 22.0 s to its certified limit, 4.4 s with a filled cache.
+Two cores (AMD EPYC), JAX 0.10, float64, November 2026, while others on the machine were busy.
+k = 32: n = 100 takes 329 µs an attempt and 0.25 MB, n = 1,000 808 and 0.55, n = 10,000 8,920 and 4.85, n = 100,000
+41,219 and 47.7: exponents 0.39, 1.04 and 0.66, and 0.70 from end to end. n = 50: k = 64 takes 269 µs and 0.20 MB, k =
+256 630 and 0.51, k = 1,024 2,101 and 1.92, k = 4,096 7,833 and 7.57: exponents 0.61, 0.87 and 0.95. Nothing in the
+code is of size n k, and memory is linear; why one exponent is above 1 was not looked into.
+A start took 28.8 s to its certified limit, of which 2.1 s import, and 6.5 s with a filled cache; an hour before, with
+the machine less busy, 22.3 s, and 25.6 s in version aa94089.
 XLA's older fusion emitters compile a quarter faster: on another two cores, beside other work, with
 XLA_FLAGS=--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters a start took 36 s instead of 48 (version
 8238887).

@@ -14,11 +14,13 @@ in torchode, one after the other in SciPy.
     python benchmarks/race_table.py                 # from race.json: rewrite README's table
 
 Two cores (x86_64), JAX 0.10, float64, November 2026, seconds to log L = −60 and the error there: gradflow at 1e-6
-0.108 (4e-8), for 64 trials 6.5 (2e-7); Tsit5 at 1e-6 11.7 (2e-5), 108 times as long, at 1e-4 3.9 (1e-2); Dopri8 279
-(3e-6). Neither Kvaerno3 nor Kvaerno5, nor SciPy's BDF, got to −1 in ten minutes; LSODA, torchdiffeq and torchode got
-to −10, not to −60. Radau at 1e-4 says that it got to −1000, in 243 s, and is wrong by 0.7. Of 64 trials none but
-gradflow got to −10. At −1000 gradflow takes 0.114 and 7.1, Tsit5 166 and more than 600. The 64 are those of the first
-73 that get to −1000 by τ = 10⁴: what stands almost still until τ = 10¹⁴ nobody else can follow.
+0.098 (4e-8), for 64 trials 5.7 (2e-7); Tsit5 at 1e-6 15.0 (2e-5), 153 times as long (131 to 200 times in six
+measurements of gradflow), at 1e-4 5.2 (1e-2). On another day Dopri8 took 279 (3e-6), gradflow then 0.108; neither
+Kvaerno3 nor Kvaerno5, nor SciPy's BDF, got to −1 in ten minutes; LSODA, torchdiffeq and torchode got to −10, not to
+−60. Radau at 1e-4 says that it got to −1000, in 243 s, and is wrong by 0.7. Of 64 trials none but gradflow got to −10,
+so that it is at least 105 times faster to −60. At −1000 gradflow takes 0.104 and 5.6, Tsit5 190 and more than 600. The
+64 are those of the first 73 that get to −1000 by τ = 10⁴: what stands almost still until τ = 10¹⁴ nobody else can
+follow.
 """
 
 import argparse
@@ -190,9 +192,12 @@ def march_gradflow(x, y, start, times, tolerance):
     args = (start[0], x[0], y[0]) if one else (start, x, y)
     jax.block_until_ready(run(*args, 1e-6 + 0 * (times[0, 0] if one else times[0])))
     for goal in times:
-        begun = time.perf_counter()
-        theta = np.asarray(run(*args, goal[0] if one else goal))  # from the start, each time
-        yield time.perf_counter() - begun, np.atleast_2d(theta)
+        spent = []
+        for _ in range(5 if one else 1):  # from the start, each time; a tenth of a second is soon disturbed
+            begun = time.perf_counter()
+            theta = np.asarray(run(*args, goal[0] if one else goal))
+            spent.append(time.perf_counter() - begun)
+        yield np.median(spent), np.atleast_2d(theta)
 
 
 def diffrax_advance(method, tolerance, x, y):
