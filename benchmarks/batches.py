@@ -19,9 +19,8 @@ us/attempt   121   100   121
 Alternately, 300 trials in batches of 8 and 16: 22.1 and 20.5, then 24.5 and 22.3 trials/s; version aa94089 21.9 and
 22.6 in batches of 8. On a pinned core, in turn, a lane's attempt in a batch of 8 took 98 µs, that version 108.
 
-What did not help: other safety factors of the step (0.8 and 0.7 instead of 0.9: 490 to 508 attempts); elimination by
-halves, with Schur complements (17 instead of 24 µs a lane at 50 points, 31 instead of 51 at 66, without the refinement
-that nearly singular halves would need, which would take most of that); blocks of ten pivots (20 µs, the same fault).
+What did not help: other safety factors of the step (0.8 and 0.7 instead of 0.9: 492 to 504 attempts; `pieces.py` says
+what an attempt is made of, and what did not make it cheaper).
 Of 445 attempts before the limit 163 end where a breakpoint crosses a point without sticking, 12 % are rejected for
 their error, 6 % because an event was missed; the jumps at those crossings are a hundred to ten thousand tolerances, too
 large to be put right afterwards.
