@@ -7,9 +7,8 @@ The reference trial: 50 points with 4 label switches, 32 neurons, to the certifi
     python benchmarks/batches.py --trials 10000 --batch 8
 
 A trial takes a median of 490 attempts, 1,083 at most; one of 10,000 stayed open (version b689eca). On two cores (AMD
-EPYC), JAX 0.10, float64, November 2026, 400 trials at each size
-(--trials 400 --batch 4 8 16), while others on the machine were busy; in batches of all 400 that wait for
-the slowest 58.5 % would be useful:
+EPYC), JAX 0.10, float64, November 2026, 400 trials at each size (--trials 400 --batch 4 8 16), while others on the
+machine were busy; in batches of all 400 that wait for the slowest 58.5 % would be useful:
 
      batch   4     8     16
   trials/s   16.5  20.0  16.5
@@ -21,7 +20,8 @@ Alternately, 300 trials in batches of 8 and 16: 22.1 and 20.5, then 24.5 and 22.
 
 What did not help: other safety factors of the step (0.8 and 0.7 instead of 0.9: 492 to 504 attempts; `pieces.py` says
 what an attempt is made of, and what did not make it cheaper).
-Of 445 attempts before the limit 163 end where a breakpoint crosses a point without sticking, 12 % are rejected for
+
+Counted once over 64 trials of version aa94089: of 445 attempts before the limit 163 end where a breakpoint crosses a point without sticking, 12 % are rejected for
 their error, 6 % because an event was missed; the jumps at those crossings are a hundred to ten thousand tolerances, too
 large to be put right afterwards.
 """
