@@ -21,9 +21,9 @@ Alternately, 300 trials in batches of 8 and 16: 22.1 and 20.5, then 24.5 and 22.
 What did not help: other safety factors of the step (0.8 and 0.7 instead of 0.9: 492 to 504 attempts; `pieces.py` says
 what an attempt is made of, and what did not make it cheaper).
 
-Counted once over 64 trials of version aa94089: of 445 attempts before the limit 163 end where a breakpoint crosses a point without sticking, 12 % are rejected for
-their error, 6 % because an event was missed; the jumps at those crossings are a hundred to ten thousand tolerances, too
-large to be put right afterwards.
+Counted once over 64 trials of version aa94089: of 445 attempts before the limit 163 end where a breakpoint crosses a
+point without sticking, 12 % are rejected for their error, 6 % because an event was missed; the jumps at those crossings
+are a hundred to ten thousand tolerances, too large to be put right afterwards.
 """
 
 import argparse
