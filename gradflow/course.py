@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.clarke import Field, Mode, Points, find_cell
+from gradflow.clarke import Field, Mode, Points, find_cell, point_of
 from gradflow.data import Dataset
 from gradflow.events import update
 from gradflow.hybrid import Problem, State, misalignment
@@ -213,4 +213,4 @@ class Course(eqx.Module):
 
 def sliding(state: State, points: Points) -> Float[Array, " k"]:
     """The point that each neuron's breakpoint sticks to, NaN for none."""
-    return jnp.where(state.mode.sliding, points.x[state.mode.ray % points.x.shape[0]], jnp.nan)
+    return jnp.where(state.mode.sliding, points.x[point_of(state.mode.ray, points.x.shape[0])], jnp.nan)

@@ -19,7 +19,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.clarke import Mode, find_cell
+from gradflow.clarke import Mode, find_cell, point_of
 from gradflow.events import SHARE, distances
 from gradflow.hybrid import Problem, State
 from gradflow.network import ReluNetwork
@@ -70,7 +70,7 @@ def event_of(problem: Problem, before: State, after: State) -> Event:
     field = problem.field(after)
     p = field.weights(after.net.lines).p
     there = field.in_mode(old)
-    place = ray % n
+    place = point_of(ray, n)
     return Event(ray, place, problem.points.x[place], meets, turns, there.pull(p), field.pull(p))
 
 
@@ -102,7 +102,8 @@ def jump(problem: Problem, before: State, after: State, change: ReluNetwork, x: 
     meets = event.meets & (speed != 0)
     time = jnp.where(meets, -late / jnp.where(meets, speed, 1), 0)
     # Through the origin: the length along the ray vanishes.
-    ray_x = problem.points.x[jnp.maximum(before.mode.ray, 0) % problem.points.x.shape[0]]
+    stands = problem.points.x
+    ray_x = stands[point_of(jnp.maximum(before.mode.ray, 0), stands.shape[0])]
     along, pace = change.w - ray_x * change.b, net.v * (event.before[0] - ray_x * event.before[1])
     turns = event.turns & (pace != 0)
     time = jnp.where(turns, -along / jnp.where(turns, pace, 1), time)

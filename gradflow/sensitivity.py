@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from gradflow.clarke import point_of
 from gradflow.course import Course
 from gradflow.data import Dataset
 from gradflow.hybrid import Problem, State, misalignment
@@ -107,7 +108,7 @@ def repeat(problem: Problem, before: State, step, net: ReluNetwork, clock, x: Fl
     still = jax.tree.map(jax.lax.stop_gradient, (before.net, field))
     new, lines, clock = problem.by_solver(field, before.net, still[1].weights(still[0].lines), step, run)
     new = from_lines(new, lines, balance)
-    at = x[jnp.maximum(before.mode.ray, 0) % x.shape[0]]
+    at = x[point_of(jnp.maximum(before.mode.ray, 0), x.shape[0])]
     along = (new.w - at * new.b) / (1 + at**2)
     slides = before.mode.sliding
     return ReluNetwork(jnp.where(slides, along, new.w), jnp.where(slides, -at * along, new.b), new.v), clock

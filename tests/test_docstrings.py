@@ -10,7 +10,7 @@ import pytest
 
 import gradflow as gf
 
-NAMES = sorted(name for name in vars(gf) if not name.startswith("_") and not inspect.ismodule(getattr(gf, name)))
+NAMES = sorted(name for name in dir(gf) if not name.startswith("_") and not inspect.ismodule(getattr(gf, name)))
 # What functions return or hold, and what is abstract: shown where it is made.
 MADE = (
     "Claim Descent DescentStatus Distribution Entry Estimate Flow Influence Limit LimitStatus Loss Optimum Path "

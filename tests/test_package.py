@@ -9,7 +9,7 @@ import pytest
 
 import gradflow
 
-PUBLIC = [name for name, value in vars(gradflow).items() if not name.startswith("_") and not inspect.ismodule(value)]
+PUBLIC = [name for name in dir(gradflow) if not name.startswith("_") and not inspect.ismodule(getattr(gradflow, name))]
 
 
 def members(value):
@@ -32,6 +32,15 @@ def test_public_names_have_docstrings(name):
     if inspect.isclass(value):
         bare = [member for member, method in members(value) if not documented(value, member, method)]
         assert bare == [], f"{name} has bare methods {bare}"
+
+
+def test_names_that_are_imported_later_are_those_that_type_checkers_see():
+    tree = ast.parse(Path(gradflow.__file__).read_text())
+    (seen,) = (node for node in tree.body if isinstance(node, ast.If))
+    found = {(node.module, alias.name, alias.asname) for node in seen.body for alias in node.names}
+    later = gradflow._LATER
+    assert found == {(f"gradflow.{module}", name, name) for module, names in later.items() for name in names}
+    assert set(PUBLIC) >= {name for names in later.values() for name in names}
 
 
 def test_modules_have_docstrings():
