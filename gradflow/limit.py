@@ -33,11 +33,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.certificate import CERTIFIED, kkt_residual
 from gradflow.clarke import Points, active_cell, find_cell, inactive_cell
+from gradflow.cones import Cones, Solution, neurons_held
 from gradflow.data import Dataset
 from gradflow.implicit import moved
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots, linear_regions
-from gradflow.program import CERTAIN, Cones, Solution, neurons_held, solve
+from gradflow.polish import CERTAIN
+from gradflow.program import solve
 
 _AGREE = 1e-8  # relative difference of the two values
 _SIZES = (24, 64)  # how many points may be support vectors: first, and if need be

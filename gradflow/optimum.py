@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gradflow.clarke import Points
+from gradflow.cones import neurons_held
 from gradflow.data import Dataset
 from gradflow.implicit import lasts, moved
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots
-from gradflow.program import lower_bound, neurons_held, solve
+from gradflow.program import lower_bound, solve
 from gradflow.undefined import undefined
 
 _SIZES = (24, 64)  # points in the program at a time: at first, and if that proves nothing

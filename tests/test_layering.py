@@ -14,9 +14,9 @@ import gradflow
 PACKAGE = Path(gradflow.__file__).parent
 # A module may import from those before it.
 ORDER = (
-    "network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock program "
-    "certificate undefined implicit limit outcome hybrid course trace saltation sensitivity flow descent optimum "
-    "influence placement theory record trial lane engine statistics archive store watch dispatch study claim "
+    "network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock cones polish "
+    "program certificate undefined implicit limit outcome hybrid course trace saltation sensitivity flow descent "
+    "optimum influence placement theory record trial lane engine statistics archive store watch dispatch study claim "
     "scaling table design style flow_plot study_plot sweep_plot animation plot __main__"
 ).split()
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
