@@ -7,10 +7,10 @@ and time in one direction; a gradient is that of the log loss by all of them.
     python benchmarks/sensitivities.py            # 32 trials, one by one, and all in one batch
     python benchmarks/sensitivities.py --quick    # 4 trials
 
-Two cores (AMD EPYC), JAX 0.10, float64, November 2026, of version 30f3d5f.
+Two cores (Intel Xeon), JAX 0.10, float64, November 2026.
 32 trials to τ = 60: medians of 170 events and 290 attempts; derivatives exist for all 32. One by one, of a flow's
-50 ms: a jvp takes 2.36 times as long in the median, 3.18 at most; a gradient 2.95, 3.34 at most. In one batch, of 53 ms
-a flow: 2.89 and 3.56 times.
+63 ms: a jvp takes 2.32 times as long in the median, 2.65 at most; a gradient 3.20, 3.72 at most. In one batch, of 76 ms
+a flow: 2.39 and 3.64 times.
 """
 
 import argparse

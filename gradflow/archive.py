@@ -23,6 +23,7 @@ import jax.random as jr
 import numpy as np
 import xarray as xr
 
+import gradflow
 from gradflow.limit import LIMIT_STATUSES
 from gradflow.outcome import STATUSES
 from gradflow.record import Verdict
@@ -110,8 +111,6 @@ def assembled(columns: Mapping[str, np.ndarray], numbers: np.ndarray, stamp: Map
 
 
 def provenance(trial: Trial, key) -> dict[str, str]:
-    import gradflow  # not at the top: the package is still being imported then
-
     packages = ("jax", "equinox", "diffrax", "numpy", "scipy", "xarray")
     versions = {"gradflow": gradflow.__version__} | {name: importlib.metadata.version(name) for name in packages}
     return {
