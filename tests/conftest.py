@@ -2,9 +2,9 @@
 
 What has been compiled is kept in pytest's cache folder: for the other processes of the run, for those that tests start,
 and for the next run. Most of the time still goes into compiling, and on the CPU XLA's older fusion emitters without
-optimisation compile in three fifths of the time (a first flow takes 8.1 instead of 13.7 s, at the first level 10.6): they
-are used unless slow tests are asked for, or `XLA_FLAGS` is set, if only to an empty string. What is so compiled is slow,
-and rounded otherwise: slow tests run what users run.
+optimisation compile in three fifths of the time (a first flow takes 8.1 instead of 13.7 s): they are used unless slow
+tests are asked for, or `XLA_FLAGS` is set, if only to an empty string. What is so compiled is slow, and rounded
+otherwise: slow tests run what users run.
 """
 
 import gc
