@@ -6,17 +6,18 @@ The reference trial: 50 points with 4 label switches, 32 neurons, to the certifi
     python benchmarks/batches.py --quick            # 64 trials or 2 batches at 4 and 8
     python benchmarks/batches.py --trials 10000 --batch 8
 
-A trial takes a median of 490 attempts, 1,083 at most; one of 10,000 stayed open (version b689eca). On two cores (AMD
-EPYC), JAX 0.10, float64, November 2026, 400 trials at each size (--trials 400 --batch 4 8 16), while others on the
-machine were busy; in batches of all 400 that wait for the slowest 58.5 % would be useful:
+A trial takes a median of 490 attempts, 1,083 at most; one of 10,000 stayed open (version b689eca). On two cores (Intel
+Xeon), JAX 0.10, float64, November 2026, 400 trials at each size (--trials 400 --batch 4 8 16); in batches of all 400
+that wait for the slowest 58.5 % would be useful:
 
      batch   4     8     16
-  trials/s   16.5  20.0  16.5
-us/attempt   121   100   121
+  trials/s   18.9  21.2  19.8
+us/attempt   106   94    101
     useful   99 %  98 %  96 %
 
-Alternately, 300 trials in batches of 8 and 16: 22.1 and 20.5, then 24.5 and 22.3 trials/s; version aa94089 21.9 and
-22.6 in batches of 8. On a pinned core, in turn, a lane's attempt in a batch of 8 took 98 µs, that version 108.
+On two other cores (AMD EPYC), shared with others, batches of 8 made 20.0 to 24.5 trials/s. One core makes half of what
+two do: of 85 ms a trial there, 62 went into step attempts (126 µs a lane), 14 into limits at the ends of rounds, 4 into
+the global optimum, the rest into drawing trials, filling lanes and Python.
 
 What did not help: other safety factors of the step (0.8 and 0.7 instead of 0.9: 492 to 504 attempts; `pieces.py` says
 what an attempt is made of, and what did not make it cheaper).

@@ -114,13 +114,3 @@ def test_one_class_and_one_point_reach_any_loss():
         assert gf.integrate(net, gf.Dataset(data.x, y), until=gf.Until(log_loss=-1000.0)).status == gf.Status.reached
     single = gf.integrate(net, gf.Dataset(data.x[:1], data.y[:1]), until=gf.Until(log_loss=-1e6))
     assert single.status == gf.Status.reached
-
-
-@pytest.mark.slow
-def test_zero_neurons_are_bitwise_harmless():
-    net, data = draw(4, 12, 8)
-    padded = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros(3)]), net)
-    a, b = (gf.integrate(start, data, until=gf.Until(time=5.0)) for start in (net, padded))
-    for name in ("w", "b", "v"):
-        np.testing.assert_array_equal(getattr(b.final, name)[:8], getattr(a.final, name))
-    assert a.log_loss == b.log_loss and a.margin == pytest.approx(float(b.margin), rel=1e-15)
