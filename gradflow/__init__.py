@@ -82,8 +82,8 @@ _LATER = {  # the same names again, by their modules
 
 
 def __getattr__(name: str):
-    if name == "plot":
-        return importlib.import_module("gradflow.plot")
+    if name == "plot" or name in _LATER:
+        return importlib.import_module(f"gradflow.{name}")
     for module, names in _LATER.items():
         if name in names:
             globals()[name] = value = getattr(importlib.import_module(f"gradflow.{module}"), name)
