@@ -1,10 +1,11 @@
 """What a step attempt must compute and move, and what a GPU's rates would allow: a bound, no measurement of one.
 
-An H100 could do the operations of 62,000 trials a second, but not move the bytes of 10,000: the elimination of 50
-points reads and writes its matrix 50 times, 2.1 of the 3.0 MB of an attempt, and if every round of that loop is a
-kernel of its own, as XLA makes it, memory allows 2,300 trials a second. More takes an elimination in one kernel that
-keeps its matrix on the chip (20 kB a lane), or so few lanes that all matrices stay in the cache of 50 MB. Without any
-fusion it would be 350. Measured was only an H200, on a much earlier version: 202 trials a second in 8,192 lanes.
+An H100 could do the operations of 62,000 trials a second. Its memory allows 2,300, if every round of a loop is a kernel
+of its own, as XLA makes it, and all else is fused: an attempt then moves 3.0 MB, of which 2.1 are the elimination of 50
+points, which reads and writes its matrix 50 times. More takes an elimination in one kernel that keeps its matrix (20
+kB) on the chip, or so few lanes that all matrices stay in the cache of 50 MB. An attempt that is one kernel would move
+5.5 kB, and memory allow a million trials; without any fusion it would allow 350. Measured was only an H200, on a much
+earlier version: 202 trials a second in 8,192 lanes.
 
     python benchmarks/roofline.py                       # for an H100
     python benchmarks/roofline.py --tflops 34 --tb 4.8  # for an H200

@@ -2,8 +2,8 @@
 
 Importing gradflow changes no JAX setting. Late training needs float64: call
 `jax.config.update("jax_enable_x64", True)` before making arrays (the command line does). What belongs to studies is
-imported when it is first used, as xarray, HDF5 and SciPy take a quarter of the time of `import gradflow`, and so is
-`gradflow.plot`, as Matplotlib takes its time, too.
+imported when it is first used, as xarray, HDF5 and SciPy take half as long as all the rest, and so is `gradflow.plot`,
+as Matplotlib takes its time, too.
 """
 
 import importlib
@@ -92,4 +92,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted({*globals(), "plot"}.union(*_LATER.values()))
+    return sorted({*globals(), "plot"}.union(*_LATER.values()) - {"importlib", "typing"})

@@ -112,7 +112,7 @@ def summary(dataset: xr.Dataset, confidence=CONFIDENCE, delta=DELTA) -> str:
     attempts = int(np.sum(dataset["steps"].values, dtype=int) + np.sum(dataset["rejected"].values, dtype=int))
     useful = attempts / max(float(dataset.attrs["lane_attempts"]), 1.0)
     seconds = float(dataset.attrs["seconds"])
-    time = f"{seconds:.1f} s, but for compiling"
+    time = f"{seconds:.1f} s, compiling included"
     lines.append(f"{status.size} trials{cells} in {time}; {useful:.0%} of the lanes' time went into them")
     return "\n".join(lines)
 

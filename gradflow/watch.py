@@ -50,9 +50,9 @@ class Watch:
 
     def __init__(self, stores: Sequence[Store], trials: int, progress: Callable[[Progress], None] | None):
         self.stores, self.trials, self.progress = stores, trials, progress
-        self.attempts = [0] * len(stores)  # of trials that have ended since the last save
+        self.attempts = [0] * len(stores)  # of trials that have ended and are not charged, and one for each
         self.possible = self.charged = 0
-        self.saved = time.monotonic()
+        self.saved = self.counted = time.monotonic()
         self.before = self._done()
         self.started: tuple[float, int] | None = None  # when the first trials had ended, and how many that were
         self.fresh = self.before > 0
@@ -64,7 +64,7 @@ class Watch:
         with self.lock:
             if not self.closed:
                 self.stores[cell].add(numbers, columns)
-                self.attempts[cell] += int(np.sum(columns["steps"] + columns["rejected"]))
+                self.attempts[cell] += int(np.sum(columns["steps"] + columns["rejected"] + 1))
                 self.fresh = True
 
     def look(self) -> None:
@@ -90,12 +90,15 @@ class Watch:
         return f"{done} and are kept; run the same again, and it goes on"
 
     def _save(self) -> None:
-        """Each store is charged its share of the time and of the lanes, by step attempts."""
-        now, whole, possible = time.monotonic(), max(sum(self.attempts), 1), self.possible
-        for i, store in enumerate(self.stores):
-            share = self.attempts[i] / whole
-            store.save((now - self.saved) * share, (possible - self.charged) * share)
-        self.attempts, self.charged, self.saved = [0] * len(self.stores), possible, now
+        """Each store is charged its share of the time, compiling included, and of the lanes, by step attempts."""
+        self.saved = now = time.monotonic()
+        whole, possible = sum(self.attempts), self.possible
+        if not whole:
+            return  # what was spent so far is charged with the next trials that end
+        for attempts, store in zip(self.attempts, self.stores, strict=True):
+            share = attempts / whole
+            store.save((now - self.counted) * share, (possible - self.charged) * share)
+        self.attempts, self.charged, self.counted = [0] * len(self.stores), possible, now
 
     def _done(self) -> int:
         return sum(store.done(self.trials) for store in self.stores)

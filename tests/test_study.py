@@ -19,11 +19,12 @@ import pytest
 import xarray as xr
 from stand_in import KEY, QUICK, FakeLane, draw, first, fresh, same, traces, trial  # noqa: F401 (fixtures)
 
-from gradflow import dispatch, engine
-from gradflow.archive import key_from_json, load, studies
+from gradflow import dispatch, engine, watch
+from gradflow.archive import VARIABLES, key_from_json, load, studies
 from gradflow.outcome import STATUSES, Status
 from gradflow.record import Record, Verdict
 from gradflow.statistics import confidence_sequence
+from gradflow.store import Store
 from gradflow.study import _shared_slots, replay, run_study, run_sweep
 from gradflow.table import summary
 from gradflow.trial import Trial
@@ -101,6 +102,24 @@ def test_lanes_are_kept_busy(trial):
     useful = int(dataset["steps"].sum()) / dataset.attrs["lane_attempts"]
     assert 0.6 < useful <= 1
     assert f"; {useful:.0%} of the lanes' time" in summary(dataset)
+
+
+def test_all_time_is_charged_whether_trials_end_or_not(trial, monkeypatch):
+    """95 seconds of compiling, in which it is saved in vain three times, and 5 in which a trial ends."""
+    clock = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    stores = [Store(trial, KEY, None, 1), Store(trial, KEY, None, 1)]
+    watched = watch.Watch(stores, 1, None)
+    record = Record(*(np.zeros(1, kind) for kind, *_ in VARIABLES.values()))
+    for clock[0] in np.arange(5.0, 100, 5):
+        watched.look()
+    watched.possible = 40
+    watched.add(0, np.array([0]), record._replace(steps=np.array([30])))
+    watched.add(1, np.array([0]), record._replace(steps=np.array([8])))
+    clock[0] = 100.0
+    watched.close()
+    spent = [[store.parts[0].seconds, store.parts[0].lane_attempts] for store in stores]
+    np.testing.assert_allclose(spent, [[77.5, 31], [22.5, 9]])  # by 31 and 9 attempts, one more than steps
 
 
 def test_first_half_is_the_smaller_study(trial):
