@@ -93,3 +93,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted({*globals(), "plot"}.union(*_LATER.values()) - {"importlib", "typing"})
+
+
+__all__ = [name for name in __dir__() if name[0] != "_" and name != "plot"]  # pyright: ignore[reportUnsupportedDunderAll]

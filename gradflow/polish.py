@@ -109,6 +109,8 @@ def polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, rounds) -> Solu
         small = jnp.max(jnp.abs(change)) <= _ROUNDING * jnp.max(jnp.abs(amplitude))
         lines = jnp.zeros((2, 2, 2 * n), y.dtype).at[sign, :, cell].set(jnp.where(small, exact, amplitude[None] * e).T)
         whole = jnp.sum(lam)
+        root = jnp.sqrt(jnp.where(amplitude > 0, amplitude, jnp.inf) * whole)
+        change = jnp.where(small, change, 0)  # what is not made up for, margins lack
         parts = (
             jnp.max(jnp.where(real, 1 - cones.margins(lines, y), 0)),
             jnp.max(jnp.where(allowed, every_h - 1, 0)),
@@ -116,7 +118,7 @@ def polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, rounds) -> Solu
             jnp.max(-lam) / whole,
             jnp.max(-amplitude) / whole,
             # What a neuron √|g| (g/|g|, 1) then is off √|g| (z, 1).
-            jnp.max(jnp.abs(change) / jnp.sqrt(jnp.where(amplitude > 0, amplitude, jnp.inf) * whole)[None]),
+            jnp.max(jnp.abs(change) / root[None]),
         )
         residual = jnp.max(jnp.stack(parts))
         return Solution(lam, lines, jnp.where(jnp.isfinite(residual) & (whole > 0), residual, jnp.inf))

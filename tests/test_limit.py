@@ -271,6 +271,18 @@ def test_no_residual_hides_a_neuron_off_the_direction_that_multipliers_give_it()
     assert found.residual < 1e-11
 
 
+def test_lines_that_are_left_as_they_are_lack_nothing():
+    """One label near 0: what lines would have to change by is beyond rounding, and they are not changed."""
+    x = 1e-6 * jnp.sort(jr.uniform(jr.key(0), (4, 12), minval=-1, maxval=1), axis=1)
+    allowed = jnp.ones((2, 26), bool).at[:, 13].set(False)
+
+    def of(x):
+        positions, real = jnp.append(x, 2 * x[-1] - x[0] + 1), jnp.arange(13) < 12
+        return solve(positions, jnp.ones(13), real, allowed, jnp.array(True)).residual
+
+    assert jnp.all(jax.jit(jax.vmap(of))(x) < 1e-11)
+
+
 def test_any_multipliers_give_a_lower_bound():
     data = gf.Dataset(np.array([-0.5, -0.2, 0.3, 0.7]), np.array([-1, 1, 1, -1]))
     value = float(gf.max_margin(data).value)
