@@ -4,8 +4,7 @@ An H100 could do the operations of 62,000 trials a second. Its memory allows 2,3
 of its own, as XLA makes it, and all else is fused: an attempt then moves 3.0 MB, of which 2.1 are the elimination of 50
 points, which reads and writes its matrix 50 times. More takes an elimination in one kernel that keeps its matrix (20
 kB) on the chip, or so few lanes that all matrices stay in the cache of 50 MB. An attempt that is one kernel would move
-5.5 kB, and memory allow a million trials; without any fusion it would allow 350. Measured was only an H200, on a much
-earlier version: 202 trials a second in 8,192 lanes.
+5.5 kB, and memory allow a million trials; without any fusion it would allow 350. On no GPU was this version measured.
 
     python benchmarks/roofline.py                       # for an H100
     python benchmarks/roofline.py --tflops 34 --tb 4.8  # for an H200
