@@ -12,8 +12,8 @@ Two cores (Intel Xeon), JAX 0.10, float64, November 2026.
 k = 32: n = 100 takes 375 µs an attempt and 0.25 MB, n = 1,000 939 and 0.55, n = 10,000 6,402 and 4.85, n = 100,000
 43,713 and 47.7: exponents 0.40, 0.83 and 0.83, and 0.69 from end to end. n = 50: k = 64 takes 318 µs and 0.20 MB, k =
 256 593 and 0.51, k = 1,024 1,528 and 1.92, k = 4,096 6,457 and 7.57: exponents 0.45, 0.68 and 1.04, and 0.72 from end
-to end; those of pairs of sizes differed by up to 0.2 between two runs. Above 4,096 pairs of a point and a neuron nothing
-in a step is of size n k, and its linear system has n, 2(k + 1) or 160 unknowns, the least of them; memory is linear.
+to end; those of pairs differed by up to 0.2 between two runs. Above 4,096 pairs of a point and a neuron nothing in a
+step is of size n k, and its linear system has n, 2(k + 1) or 160 unknowns, the least of them; memory is linear.
 A start took 19.0 s to its certified limit, of which 1.2 s import, and 3.9 s with a filled cache, of which 0.9 s import.
 On two other cores (AMD EPYC), busy with other work, the version before took 22 to 29 s, and 5 to 6.5 s. What else was
 tried: LLVM at its first level of optimisation (XLA_FLAGS=--xla_backend_optimization_level=1) 17.9 s instead of 19.2, at
