@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.data import Dataset
+from gradflow.length import length
 from gradflow.network import ReluNetwork
 
 CERTIFIED = 1e-10  # largest relative residual of a certified limit
@@ -37,16 +38,17 @@ def kkt_residual(net: ReluNetwork, data: Dataset, multipliers=None) -> Float[Arr
     """
     q = data.margins(net)
     least = jnp.min(q)
-    scale = 1 / jnp.sqrt(jnp.where(least > 0, least, 1))
+    fits = least > 0  # where not, stand-ins keep derivatives finite
+    scale = 1 / jnp.sqrt(jnp.where(fits, least, 1))
     natural = jax.nn.softmax(jnp.where(data.real, -q, -jnp.inf))
-    natural = natural * net.squared_norm / (2 * jnp.sum(natural * q))
+    natural = natural * net.squared_norm / jnp.where(fits, 2 * jnp.sum(natural * q), 1)
     lam = natural if multipliers is None else jnp.asarray(multipliers, q.dtype)
     net, q = net.scaled(scale), q * scale**2
 
     x, force = data.x[None, :], (lam * data.y)[None, :]
     reach = jnp.hypot(1, x)
     inner = net.w[:, None] * x + net.b[:, None]
-    on = jnp.abs(inner) <= ON * jnp.hypot(net.w, net.b)[:, None] * reach
+    on = jnp.abs(inner) <= ON * length(net.w, net.b)[:, None] * reach
     active = ((inner > 0) & ~on).astype(q.dtype)
     z = jnp.stack([active @ (force * x)[0], active @ force[0]])
     # What u/v still lacks is to come from the points under the breakpoint, which lie in one place.
@@ -60,11 +62,11 @@ def kkt_residual(net: ReluNetwork, data: Dataset, multipliers=None) -> Float[Arr
     off = ReluNetwork(
         net.w - net.v * z[0], net.b - net.v * z[1], net.v - jnp.sum(jnp.maximum(inner, 0) * force, axis=1)
     )
-    whole = jnp.sum(jnp.abs(lam))
+    whole = jnp.where(fits, jnp.sum(jnp.abs(lam)), 1)
     parts = (
-        jnp.sqrt(off.squared_norm / net.squared_norm),
+        jnp.sqrt(jnp.where(fits, off.squared_norm, 1) / jnp.where(fits, net.squared_norm, 1)),
         jnp.max(-lam) / whole,
         jnp.sum(jnp.abs(lam) * jnp.abs(q - 1)) / whole,
     )
     residual = jnp.max(jnp.stack(parts))
-    return jnp.where((least > 0) & ~jnp.isnan(residual), residual, jnp.inf)
+    return jnp.where(fits & ~jnp.isnan(residual), residual, jnp.inf)

@@ -32,7 +32,7 @@ class Distribution(eqx.Module):
 
     @abc.abstractmethod
     def cdf(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """P(X ≤ x); 0 below and 1 above the support, at ±∞ too."""
+        """P(X ≤ x); exactly 0 up to the low end of the support and 1 from the high end on, at ±∞ too."""
 
     @abc.abstractmethod
     def quantile(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -69,10 +69,10 @@ class Uniform(Distribution):
         return jnp.where((x >= self.low) & (x <= self.high), 1 / (self.high - self.low), 0)
 
     def cdf(self, x):
-        return (jnp.clip(x, self.low, self.high) - self.low) / (self.high - self.low)
+        return _share(x, self.support, (jnp.clip(x, self.low, self.high) - self.low) / (self.high - self.low))
 
     def quantile(self, u):
-        return jnp.clip(self.low + u * (self.high - self.low), self.low, self.high)
+        return _position(u, self.support, self.low + u * (self.high - self.low))
 
 
 class TruncatedNormal(Distribution):
@@ -121,18 +121,20 @@ class TruncatedNormal(Distribution):
         return self.low, self.high
 
     def density(self, x):
-        z = (x - self.mean) / self.std
+        z = (jnp.clip(x, self.low, self.high) - self.mean) / self.std  # z² has no derivative at ±∞
         height = jnp.exp(-0.5 * z**2) / (self.std * (2 * jnp.pi) ** 0.5)
         return jnp.where((x >= self.low) & (x <= self.high), height / self._mass, 0)
 
     def cdf(self, x):
-        x = jnp.clip(x, self.low, self.high)
-        return jnp.abs(self._tail(x) - self._tail(self.low)) / self._mass
+        mass = jnp.abs(self._tail(jnp.clip(x, self.low, self.high)) - self._tail(self.low))
+        return _share(x, self.support, mass / self._mass)
 
     def quantile(self, u):
         low, high = self._tail(self.low), self._tail(self.high)
-        x = self.mean + self._mirror * self.std * ndtri(low + u * (high - low))
-        return jnp.clip(x, self.low, self.high)
+        # Where a tail is rounded to 0 or 1, ndtri is infinite and so is its derivative.
+        limits = jnp.finfo(self.mean.dtype)
+        below = jnp.clip(low + u * (high - low), limits.tiny, 1 - limits.epsneg)
+        return _position(u, self.support, self.mean + self._mirror * self.std * ndtri(below))
 
 
 class Histogram(Distribution):
@@ -179,7 +181,8 @@ class Histogram(Distribution):
         return jnp.where((x >= self.edges[0]) & (x <= self.edges[-1]), heights[bin_], 0)
 
     def cdf(self, x):
-        return jnp.interp(x, self.edges, self._cumulative)
+        inside = jnp.clip(x, *self.support)  # the share of a bin has no derivative at ±∞
+        return _share(x, self.support, jnp.interp(inside, self.edges, self._cumulative))
 
     def quantile(self, u):
         cumulative = self._cumulative
@@ -188,7 +191,8 @@ class Histogram(Distribution):
         bin_ = jnp.clip(jnp.searchsorted(cumulative, u, side="right") - 1, 0, last)
         mass = cumulative[bin_ + 1] - cumulative[bin_]
         share = jnp.clip((u - cumulative[bin_]) / jnp.where(mass > 0, mass, 1), 0, 1)
-        return self.edges[bin_] + share * (self.edges[bin_ + 1] - self.edges[bin_])
+        low, high = self.edges[bin_], self.edges[bin_ + 1]
+        return _position(share, (low, high), low + share * (high - low))
 
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
@@ -196,6 +200,19 @@ DISTRIBUTIONS: dict[str, type[Distribution]] = {
     "truncated_normal": TruncatedNormal,
     "histogram": Histogram,
 }
+
+
+# Two programs may round one formula differently, and what should cancel at an end, or meet it, misses it by a rounding.
+def _share(x, support, share):
+    """`share`, a CDF at x inside the support, and 0 and 1 exactly from its ends on."""
+    low, high = support
+    return jnp.where(x <= low, 0, jnp.where(x >= high, 1, jnp.clip(share, 0, 1)))
+
+
+def _position(u, support, x):
+    """`x`, a quantile for u between 0 and 1, inside the support, and its ends exactly for 0 and 1."""
+    low, high = support
+    return jnp.where(u <= 0, low, jnp.where(u >= 1, high, jnp.clip(x, low, high)))
 
 
 def _scalars(*values):

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.clarke import Field, Mode, Points, Weights, active_cell, cell_range, find_cell, inactive_cell, point_of
 from gradflow.crossing import cross, pulls
+from gradflow.length import length
 from gradflow.network import ReluNetwork
 from gradflow.sites import sums_before
 
@@ -53,7 +54,7 @@ class Tolerance(eqx.Module):
 
     def landing(self, net: ReluNetwork, points: Points) -> Float[Array, " k"]:
         """How near to a ray is on it: within a fifth of rtol ‖u_j‖, and within `reach`."""
-        return jnp.minimum(0.2 * self.rtol * jnp.hypot(net.w, net.b), self.reach(net, points))
+        return jnp.minimum(0.2 * self.rtol * length(net.w, net.b), self.reach(net, points))
 
     @property
     def release(self) -> Float[Array, ""]:
@@ -64,7 +65,7 @@ class Tolerance(eqx.Module):
         return self.rtol if self.each else 0.3 * jnp.sqrt(self.rtol)
 
     def size(self, net: ReluNetwork) -> Float[Array, " k"]:
-        return self.atol + self.rtol * jnp.maximum(jnp.hypot(net.w, net.b), jnp.abs(net.v))
+        return self.atol + self.rtol * jnp.maximum(length(net.w, net.b), jnp.abs(net.v))
 
 
 def rays(mode: Mode, n: int) -> Int[Array, "2 k"]:

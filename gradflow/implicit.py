@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow.certificate import CERTIFIED, ON
 from gradflow.data import Dataset
+from gradflow.length import length
 from gradflow.network import ReluNetwork
 from gradflow.undefined import undefined
 
@@ -57,7 +58,7 @@ class Conditions(eqx.Module):
     def directions(self, lam: Float[Array, " s"], x: Float[Array, " n"]) -> Float[Array, "2 k"]:
         """e_j."""
         z = self.forces(lam, x[self.rows])
-        size = jnp.hypot(*jnp.where(self.live & ~self.on, z, 1))
+        size = length(*jnp.where(self.live & ~self.on, z, 1))
         free = self.sign[None] * z / size[None]
         at = x[self.ray]
         ray = self.orientation[None] * jnp.stack([jnp.ones_like(at), -at]) / jnp.hypot(1, at)[None]
@@ -90,7 +91,7 @@ class Conditions(eqx.Module):
 def conditions(net: ReluNetwork, multipliers: Float[Array, " n"], data: Dataset) -> tuple[Conditions, Bool[Array, ""]]:
     """The conditions that hold at a KKT point, and whether they go on holding when the data move."""
     total = jnp.sum(multipliers)
-    size = jnp.hypot(net.w, net.b)
+    size = length(net.w, net.b)
     live = size * jnp.abs(net.v) > 1e-13 * net.squared_norm
     support = data.real & (multipliers > _NO_WEIGHT * total)
     held = min(_HELD, data.x.shape[0])
@@ -126,7 +127,7 @@ def moved(
     """
     (held, _), sound = conditions(net, multipliers, data), lasts(net, multipliers, residual, data)
     lam = jnp.where(held.counts, multipliers[held.rows], 0)
-    a = jnp.where(held.live, jnp.hypot(net.w, net.b) * jnp.abs(net.v), 0)
+    a = jnp.where(held.live, length(net.w, net.b) * jnp.abs(net.v), 0)
     unknowns, total = (lam, a), jnp.sum(lam)
 
     flat = jnp.concatenate(unknowns) / total

@@ -36,6 +36,7 @@ from gradflow.clarke import Points, active_cell, find_cell, inactive_cell
 from gradflow.cones import Cones, Solution, neurons_held
 from gradflow.data import Dataset
 from gradflow.implicit import moved
+from gradflow.length import length
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots, linear_regions
 from gradflow.polish import CERTAIN
@@ -210,12 +211,12 @@ def judged(before: Candidate, now: Candidate, separated: Bool[Array, ""], data: 
 
 def uniqueness(net: ReluNetwork, multipliers: Float[Array, " n"], data: Dataset):
     """Whether no other amplitudes of its neurons satisfy the conditions that `net` does; whether no other function."""
-    size, live = jnp.hypot(net.w, net.b), net.v != 0
+    size, live = length(net.w, net.b), net.v != 0
     direction = jnp.stack([net.w, net.b]) / jnp.where(size > 0, size, 1)[None]
 
     def values(first, second):
         """max(0, u·(first, second)) of unit vectors u, times the sign of v: one column a neuron."""
-        place = jnp.stack([first, second]) / jnp.hypot(first, second)[None]
+        place = jnp.stack([first, second]) / length(first, second)[None]
         inner = place.T @ direction
         inner = jnp.where(jnp.abs(inner) <= _SAME, 0, jnp.maximum(inner, 0))
         return jnp.where(live[None], inner * jnp.sign(net.v)[None], 0)

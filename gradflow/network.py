@@ -17,6 +17,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from gradflow.length import length
+
 
 def is_concrete(*arrays) -> bool:
     """Whether values can be read now, that is, whether none of `arrays` is a tracer of jit, vmap or grad."""
@@ -66,7 +68,7 @@ class ReluNetwork(eqx.Module):
     def balance(self) -> Float[Array, " k"]:
         """v_j² − w_j² − b_j² per neuron, the quantities that gradient flow conserves (Du, Hu and Lee 2018, Thm 2.1)."""
         # In factors: the difference of two large squares would drown in rounding at late times.
-        norm = jnp.hypot(self.w, self.b)
+        norm = length(self.w, self.b)
         return (self.v - norm) * (self.v + norm)
 
     @property
@@ -147,7 +149,7 @@ def _draw(key, count, width, scheme, scale):
 def _balanced(key, width, dtype):
     direction, sign = jr.split(key)
     w, b = jr.normal(direction, (2,), dtype)
-    return w, b, jr.rademacher(sign, (), dtype) * jnp.hypot(w, b)
+    return w, b, jr.rademacher(sign, (), dtype) * length(w, b)
 
 
 def _gaussian(key, width, dtype):

@@ -25,6 +25,7 @@ from gradflow.clarke import Points
 from gradflow.cones import neurons_held
 from gradflow.data import Dataset
 from gradflow.implicit import lasts, moved
+from gradflow.length import length
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots
 from gradflow.program import lower_bound, solve
@@ -149,8 +150,8 @@ def closed_form(x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, 
     switch = real[1:] & (y[1:] != y[:-1])
     order = jnp.argsort(~switch, stable=True)
     count = jnp.sum(switch)
-    slope = ((y[1:] - y[:-1]) / (x[1:] - x[:-1]))[order]
-    offset = (y[:-1] * x[1:] - y[1:] * x[:-1])[order] / (x[1:] - x[:-1])[order]
+    gap = jnp.where(switch, x[1:] - x[:-1], 1)  # all padding lies in one place
+    slope, offset = ((y[1:] - y[:-1]) / gap)[order], ((y[:-1] * x[1:] - y[1:] * x[:-1]) / gap)[order]
     bends = jnp.arange(order.size - 1) < count - 1
     rise, drop = jnp.where(bends, jnp.diff(slope), 0), jnp.where(bends, jnp.diff(offset), 0)
 
@@ -166,7 +167,7 @@ def closed_form(x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, 
     def neurons(share, rise, drop, sign):
         # A neuron with v u = sign · share · (Δa, Δd) is active on the side where that line has the sign of v.
         a, d = sign * share * rise, sign * share * drop
-        size = jnp.hypot(a, d)
+        size = length(a, d)
         root = jnp.sqrt(jnp.where(size > 0, size, 1))
         # Right-facing: v has the sign of Δa, u = (|Δa|, …); left-facing: the same v, u = (−|Δa|, …).
         v = jnp.where(size > 0, jnp.sign(rise) * root, 0)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.data import Dataset
+from gradflow.length import length
 from gradflow.limit import Limit
 from gradflow.network import ReluNetwork
 from gradflow.piecewise import Piecewise
@@ -100,7 +101,7 @@ def survivors(start: ReluNetwork, entry: ReluNetwork, teacher: Teacher, data: Da
     rounding makes of it does not count. NaN if there are no helpers, or if the late phase was never entered.
     """
     helps = helpers(start, teacher)
-    reach = _ROUNDING * jnp.hypot(entry.w, entry.b)[:, None] * jnp.hypot(1, data.x)[None, :]
+    reach = _ROUNDING * length(entry.w, entry.b)[:, None] * jnp.hypot(1, data.x)[None, :]
     active = jnp.any(entry.w[:, None] * data.x[None, :] + entry.b[:, None] > reach, axis=1) & (entry.v * start.v > 0)
     share = jnp.sum((helps & active).astype(entry.v.dtype)) / jnp.sum(helps.astype(entry.v.dtype))
     return jnp.where(jnp.isnan(entry.v[0]), jnp.nan, share)

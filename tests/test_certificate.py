@@ -27,6 +27,14 @@ def test_one_point_is_best_served_by_a_neuron_along_it():
     assert residual([0.75], [1], ([0.6 * v], [0.8 * v], [v]), [0.8]) <= 1e-15
 
 
+def test_a_network_that_classifies_nothing_spoils_no_derivative():
+    net = gf.ReluNetwork([0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+    data = gf.Dataset([-1.0, 1.0], [1, -1])
+    assert float(gf.kkt_residual(net, data)) == np.inf
+    found = jax.grad(lambda net: jnp.minimum(gf.kkt_residual(net, data), 1.0))(net)
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(found))
+
+
 def test_fractional_activations_count_between_zero_and_one_only():
     # Breakpoints on both points, and u = v z would need activations of −1/√2 there: with these everything else holds.
     c = 2**0.25

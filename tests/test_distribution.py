@@ -1,5 +1,7 @@
 """The laws of the input."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,40 @@ def test_outside_the_support_there_is_nothing(law):
     outside = jnp.stack([jnp.asarray(-jnp.inf), low - 1, high + 1, jnp.asarray(jnp.inf)])
     np.testing.assert_array_equal(law.density(outside), 0)
     np.testing.assert_allclose(law.cdf(outside), [0, 0, 1, 1], rtol=1e-15)
+
+
+@laws
+def test_the_ends_of_the_support_are_met_exactly(law):
+    """However it is compiled: programs for one number, for many and for a known law round differently."""
+    low, high = law.support
+    x = jnp.stack([jnp.asarray(-jnp.inf), low - 1, low, high, high + 1, jnp.asarray(jnp.inf)])
+    for cdf in (jax.jit(lambda x: law.cdf(x)), functools.partial(eqx.filter_jit(lambda law, x: law.cdf(x)), law)):
+        np.testing.assert_array_equal(cdf(x), [0, 0, 0, 1, 1, 1])
+        np.testing.assert_array_equal([cdf(one) for one in x], [0, 0, 0, 1, 1, 1])
+    ends = [low, high]
+    if isinstance(law, gf.Histogram):  # ends at the outermost masses
+        bins = np.flatnonzero(law.masses)
+        ends = [law.edges[bins[0]], law.edges[bins[-1] + 1]]
+    quantile = jax.jit(lambda u: law.quantile(u))
+    np.testing.assert_array_equal(quantile(jnp.asarray([0.0, 1.0])), ends)
+    np.testing.assert_array_equal([quantile(jnp.asarray(u)) for u in (0.0, 1.0)], ends)
+
+
+@laws
+@pytest.mark.parametrize("name", ["density", "cdf", "quantile"])
+def test_derivatives_exist_at_the_ends_and_beyond(law, name):
+    low, high = law.support
+    places = [0.0, 1e-20, 1.0] if name == "quantile" else [-jnp.inf, low - 1, low, high, high + 1, jnp.inf]
+
+    def total(law, x):
+        return jnp.sum(getattr(law, name)(x))
+
+    x = jnp.stack([jnp.asarray(place) for place in places])
+    outside = jnp.where((x < low) | (x > high), x, jnp.inf)
+    for mode in (jax.grad, jax.jacfwd):
+        found, there = (eqx.filter_jit(mode(total, argnums=(0, 1)))(law, at) for at in (x, outside))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        assert name == "quantile" or all(np.all(leaf == 0) for leaf in jax.tree.leaves(there))
 
 
 @laws

@@ -75,6 +75,20 @@ def test_optimum_moves_as_differences_say(y):
         np.testing.assert_allclose(change, exact, rtol=1e-6, atol=1e-6 * max(1, np.abs(exact).max()))
 
 
+@pytest.mark.parametrize("y", [(1, -1, -1, 1), (1, -1, 1, -1)])  # by the conditions, and by the closed form
+def test_both_modes_give_the_optimum_one_derivative(y):
+    """The other of the two formulas is computed too, and must not spoil it. The last two points are padding."""
+    data = gf.Dataset([-0.7, -0.2, 0.3, 0.9, 2.0, 3.0], [*y, 1, 1]).padded(4)
+
+    def numbers(x):
+        best = gf.max_margin(eqx.tree_at(lambda d: d.x, data, x))
+        return best.value + jnp.sum(best.network(jnp.linspace(-2.03, 2, 21)))
+
+    backward, forward = jax.grad(numbers)(data.x), jax.jacfwd(numbers)(data.x)
+    assert np.all(backward[:4] != 0) and np.all(backward[4:] == 0)
+    np.testing.assert_allclose(backward, forward, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.slow
 def test_conditions_and_closed_form_move_the_optimum_alike():
     """Two derivations: implicit differentiation of KKT conditions, and that of an explicit formula."""

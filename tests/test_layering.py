@@ -14,10 +14,10 @@ import gradflow
 PACKAGE = Path(gradflow.__file__).parent
 # A module may import from those before it.
 ORDER = (
-    "network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock cones polish "
-    "program certificate undefined implicit limit outcome hybrid course trace saltation sensitivity flow descent "
-    "optimum influence placement theory record trial lane engine statistics archive store watch dispatch study claim "
-    "scaling table design style flow_plot study_plot sweep_plot animation plot __main__"
+    "length network loss distribution piecewise data teacher sites lift slow clarke crossing events rosenbrock cones "
+    "polish program certificate undefined implicit limit outcome hybrid course trace saltation sensitivity flow "
+    "descent optimum influence placement theory record trial lane engine statistics archive store watch dispatch "
+    "study claim scaling table design style flow_plot study_plot sweep_plot animation plot __main__"
 ).split()
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 ROOMS = {
@@ -98,6 +98,14 @@ def test_only_the_public_jax_api_is_used():
     for name, path in MODULES.items():
         for module in imports(path.read_text()):
             assert "._src" not in module and not module.startswith(("jax.interpreters", "jaxlib")), (name, module)
+
+
+def test_lengths_that_may_vanish_have_a_derivative():
+    """`length` is the only place for `hypot` of two unknowns, whose derivative at 0 may be NaN."""
+    for name, path in MODULES.items():
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in (call for call in calls if ast.unparse(call.func).endswith(("hypot", "linalg.norm"))):
+            assert name == "length" or ast.unparse(call.args[0]) == "1", f"{name}: {ast.unparse(call)}"
 
 
 def test_importing_changes_no_setting_and_starts_no_device():

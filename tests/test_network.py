@@ -33,6 +33,15 @@ def test_call_keeps_the_shape_and_gives_the_sum(x):
     np.testing.assert_allclose(np.ravel(out), expected, rtol=1e-15)
 
 
+@pytest.mark.parametrize("differentiated", [jax.grad, jax.jacfwd])
+def test_the_balance_of_neurons_at_zero_has_a_derivative(differentiated):
+    """As of padding, where the norm of (w, b) has none."""
+    net = gf.ReluNetwork([0.0, 0.0, 1.0], [0.0, 0.0, -2.0], [0.0, 3.0, 1.0])
+    found = differentiated(lambda net: jnp.sum(net.balance))(net)
+    for got, exact in zip(jax.tree.leaves(found), (-2 * net.w, -2 * net.b, 2 * net.v), strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-15)
+
+
 @pytest.mark.parametrize("factor", [1e-70, 0.5, 3.0, 1e70])
 def test_two_homogeneous(factor):
     x = jnp.linspace(-3, 3, 7)
