@@ -173,6 +173,9 @@ class Histogram(Distribution):
     @property
     def _cumulative(self):
         cumulative = jnp.concatenate([jnp.zeros_like(self.masses[:1]), jnp.cumsum(self.masses)])
+        # Sums of many are rounded in an order of their own, so that empty bins would get some 1e-16 of the mass.
+        filled = jnp.concatenate([jnp.zeros((1,), bool), self.masses > 0])
+        cumulative = cumulative[jax.lax.cummax(jnp.where(filled, jnp.arange(filled.size), 0))]
         return cumulative / cumulative[-1]
 
     def density(self, x):

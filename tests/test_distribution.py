@@ -156,6 +156,10 @@ def test_histogram_never_draws_an_empty_bin():
     ends, gap = LAWS["histogram, empty ends"], LAWS["histogram"]
     np.testing.assert_array_equal(ends.quantile(jnp.asarray([0.0, 1.0])), [1.0, 2.0])
     assert (gap.density(gap.quantile(jnp.asarray([0.0, 0.125, 0.75]))) > 0).all()
+    masses = jnp.where(jr.bernoulli(jr.key(1), 0.5, (5000,)), jr.uniform(jr.key(0), (5000,)), 0)
+    many = gf.Histogram(jnp.arange(5001.0), masses)
+    np.testing.assert_array_equal(np.diff(many.cdf(many.edges))[masses == 0], 0)
+    assert (many.density(many.quantile(many.cdf(many.edges[:-1]))) > 0).all()
 
 
 def test_uniform_takes_integers_and_float32():
