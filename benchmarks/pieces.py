@@ -87,7 +87,9 @@ class Moment(eqx.Module):
 
     def local(self) -> Local:
         force = self.field.pull(self.start.p)
-        return Local(self.state.net, force, 5 / self.step, self.state.mode.sliding, self.field.tangent())
+        return Local(
+            self.state.net, force, 5 / self.step, self.field.lifted, self.state.mode.sliding, self.field.tangent()
+        )
 
     def matrix(self):
         root = jnp.sqrt(self.start.c)
@@ -115,7 +117,10 @@ PIECES = {
         "1",
         lambda m: m.problem.advance(m.field, m.state, m.start, m.step),
     ),
-    "a network from its lines": ("7", lambda m: from_lines(m.state.net, m.state.net.lines, m.problem.balance)),
+    "a network from its lines": (
+        "7",
+        lambda m: from_lines(m.state.net, m.state.net.lines, m.problem.balance, m.field.lifted),
+    ),
     "events in the step": ("1", lambda m: m.crossings()),
     "the mode decided anew": ("1", lambda m: m.decided()),
     "status, time scale, records": ("1", lambda m: m.problem.judge(m.state)),

@@ -32,7 +32,7 @@ from gradflow.data import Dataset
 from gradflow.lift import Local, drive
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
-from gradflow.sites import Sites, few
+from gradflow.sites import Sites, few, sums_before
 from gradflow.slow import Slow
 
 
@@ -85,7 +85,9 @@ class Points(eqx.Module):
 
 
 class Mode(eqx.Module):
-    """The pattern of every neuron: its cell, and the ray on which it slides (−1: on none)."""
+    """The pattern of every neuron: its cell, and the ray on which it slides (−1: on none; −2 − β: it has slid down ray
+    β to the origin of its plane, and rests there, see `origin.py`).
+    """
 
     cell: Int[Array, " k"]
     ray: Int[Array, " k"]
@@ -93,6 +95,10 @@ class Mode(eqx.Module):
     @property
     def sliding(self) -> Bool[Array, " k"]:
         return self.ray >= 0
+
+    @property
+    def resting(self) -> Bool[Array, " k"]:
+        return self.ray < -1
 
     def active(self, n: int) -> tuple[Int[Array, " k"], Int[Array, " k"]]:
         """The half-open range lo ≤ i < hi of active points; the point of a sliding neuron is left out."""
@@ -171,6 +177,7 @@ class Field(eqx.Module):
     loss: Loss
     mode: Mode
     slow: Slow
+    lifted: Bool[Array, " k"]  # `lift.lifts`
     log_unit: Float[Array, ""]
     rank: int = eqx.field(static=True)
     active: Float[Array, "k n"] | None = None  # as in `Sites`, if `ready`: what depends on the mode alone
@@ -199,6 +206,10 @@ class Field(eqx.Module):
     def spread(self) -> int:
         """The number of positions that the Jacobian is summed over."""
         return min(self.points.x.shape[0], 2 * (self.mode.cell.shape[0] + 1))
+
+    def lines(self, net: ReluNetwork, lines: Float[Array, "2 k"]) -> Float[Array, "2 k"]:
+        """The lines that margins are computed from, with `lines` as unknowns beside `net`."""
+        return jnp.where(self.lifted[None], lines, net.lines)
 
     def margins(self, lines: Float[Array, "2 k"]) -> Float[Array, " n"]:
         """q_i of neurons that draw these `lines` on their active ranges; O(n + k)."""
@@ -246,7 +257,7 @@ class Field(eqx.Module):
     def __call__(self, time, y, args):
         """Velocities of the neurons, of their lines (`lift.py`) and of the clock."""
         net, lines, clock = y
-        weights = self.weights(lines)
+        weights = self.weights(self.lines(net, lines))
         return *drive(net, self.pull(weights.p)), self.clock_rate(clock, weights)
 
     def clock_rate(self, clock: Float[Array, ""], weights: Weights) -> Float[Array, ""]:
@@ -285,8 +296,8 @@ class Field(eqx.Module):
         bounds the rest. The clock's row comes last.
         """
         net, lines, clock = y
-        weights = self.weights(lines)
-        local = Local(net, self.pull(weights.p), sigma, self.mode.sliding, self.tangent())
+        weights = self.weights(self.lines(net, lines))
+        local = Local(net, self.pull(weights.p), sigma, self.lifted, self.mode.sliding, self.tangent())
         sites, c, signed_p, signed_c = self._summed(weights)
         whole = self.rank >= sites.count
         kept = slice(None)
@@ -318,13 +329,22 @@ class Field(eqx.Module):
 
         def solve(right):
             change, lines, tick = right
-            force = pull_back(sites.lines(local.solve(change, lines)[1])[kept])
+            force = pull_back(sites.lines(local.line_changes(*local.solve(change, lines)))[kept])
             force = force if whole else jnp.zeros_like(sites.x).at[kept].set(force)
             back = drive(net, self.project(sites.pull(force)))
             out, out_lines = local.solve(*jax.tree.map(jnp.subtract, (change, lines), back))
-            return out, out_lines, (tick + rate * jnp.sum(sway * out_lines)) / (sigma + rate)
+            return out, out_lines, (tick + rate * jnp.sum(sway * local.line_changes(out, out_lines))) / (sigma + rate)
 
         return solve
+
+
+def pulls(points: Points, weights: Weights) -> Float[Array, "2 rays"]:
+    """z of a neuron on each ray, without the ray's own point: from its right on the rays β < n, on others its left."""
+    weight = weights.p * points.y
+    moments = jnp.stack([weight * points.x, weight])
+    # From both ends: as a difference, a small sum beside a heavy point would be lost.
+    left, right = jnp.split(sums_before(jnp.concatenate([moments, moments[:, ::-1]]))[:, :-1], 2)
+    return jnp.concatenate([right[:, ::-1], left], axis=1)
 
 
 def _moments(net: ReluNetwork) -> Float[Array, "4 k"]:

@@ -14,6 +14,7 @@ from gradflow.clarke import Field, Mode, Points, find_cell, point_of
 from gradflow.data import Dataset
 from gradflow.events import update
 from gradflow.hybrid import Problem, State, misalignment
+from gradflow.lift import lifts
 from gradflow.limit import Candidate, Limit, candidate, judged
 from gradflow.loss import Loss
 from gradflow.network import ReluNetwork
@@ -28,6 +29,21 @@ _ROUNDS = 6  # of ten times the ρ², until a limit is certified
 def default_solvers() -> tuple[diffrax.AbstractSolver, ...]:
     """An explicit one, where nothing is stiff and the Jacobian large, and one for all the rest."""
     return diffrax.Tsit5(scan_kind="lax"), Rodas5P()
+
+
+def _balance(net: ReluNetwork) -> Float[Array, " k"]:
+    """v² − ‖u‖², 0 where it is rounding: an imbalance of 1e-17 would send a neuron that slides to the origin back."""
+    rounding = 8 * jnp.finfo(net.w.dtype).eps * net.sizes**2
+    return jnp.where(jnp.abs(net.balance) <= rounding, 0, net.balance)
+
+
+def _far(net: ReluNetwork, data: Dataset) -> tuple[Float[Array, " 2"], Bool[Array, ""]]:
+    """The smallest and the largest input, and whether no breakpoint is within their distance of them."""
+    low, high = jnp.min(data.x), jnp.max(data.x)
+    turns = net.w != 0
+    knot = -net.b / jnp.where(turns, net.w, 1)
+    near = turns & (net.v != 0) & (knot >= 2 * low - high) & (knot <= 2 * high - low)
+    return jnp.stack([low, high]), (high > low) & ~jnp.any(near)
 
 
 class Pursuit(eqx.Module):
@@ -71,17 +87,22 @@ class Course(eqx.Module):
         zero, one, none = jnp.zeros((), dtype), jnp.ones((), dtype), jnp.zeros(cell.shape, bool)
         rank = min(data.x.shape[0], 2 * (net.width + 1), _RANK)
 
-        initial = Field(points, loss, mode, no_split(points.x), zero, rank)
+        initial = Field(points, loss, mode, no_split(points.x), lifts(net), zero, rank)
         weights = initial.weights(net.lines)
         largest = jnp.max(jnp.where(weights.p > 0, initial.squared_gradients(net), 0))
-        safe = jnp.where(largest > 0, largest, 1)
+        reach = jnp.max(jnp.where(weights.p > 0, points.norm, 0))
+        # The fastest rates at which margins change, and neurons relative to themselves.
+        rate = jnp.maximum(largest, reach)
+        inputs, far = _far(net, data)
         problem = Problem(
             points,
             loss,
             solvers,
             until,
-            -weights.log_rate - jnp.log(safe),
-            net.balance,
+            -weights.log_rate - jnp.log(rate),
+            _balance(net),
+            inputs,
+            far,
             rtol,
             atol,
             max_steps,
@@ -90,12 +111,12 @@ class Course(eqx.Module):
             each,
         )
         # Breakpoints that start on a point are decided like those that arrive there.
-        start, mode, *_ = update(initial, net, weights, none, none, zero, problem.tolerance(one))
+        start, mode, *_ = update(initial, net, weights, none, none, none, zero, problem.tolerance(one, net.sizes))
         speed = jnp.sqrt(initial.in_mode(mode).combine(start, weights.p).squared_norm)
         # A hundredth of the time in which θ, or the fastest margin, changes by its own size.
-        first = 0.01 * jnp.minimum(jnp.sqrt(net.squared_norm) / jnp.where(speed > 0, speed, 1), 1 / safe)
+        first = 0.01 * jnp.minimum(jnp.sqrt(net.squared_norm) / jnp.where(speed > 0, speed, 1), 1 / rate)
         count = jnp.zeros((), int)
-        far = jnp.full((), jnp.inf, dtype)
+        never = jnp.full((), jnp.inf, dtype)
         state = problem.judge(
             State(
                 start,
@@ -104,10 +125,12 @@ class Course(eqx.Module):
                 initial.slow,
                 zero,
                 first,
-                far,
+                never,
+                jnp.array(False),
                 jnp.array(False),
                 zero,
                 one,
+                net.sizes,
                 weights.log_loss,
                 zero - jnp.inf,
                 zero,
@@ -205,6 +228,8 @@ class Course(eqx.Module):
             rejected=state.rejected,
             events=state.events,
             sliding=sliding(state, problem.points),
+            inputs=problem.inputs,
+            far=problem.far,
             sensitivity=Sensitivity.not_asked,
             path=path,
             limit=None if self.pursuit is None else self.pursuit.limit,

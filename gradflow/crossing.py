@@ -21,7 +21,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.clarke import Field, Points, Weights, cell_range
+from gradflow.clarke import Field, Weights, cell_range, pulls
 from gradflow.network import ReluNetwork
 from gradflow.sites import sums_before
 
@@ -90,15 +90,6 @@ def cross(
     # A breakpoint that starts on its ray up to rounding could be given a share s outside [0, 1].
     most = jnp.abs(last.v) * weight * step
     return Crossing(harmless, enough, jnp.clip(kick, -most[None], most[None]))
-
-
-def pulls(points: Points, weights: Weights) -> Float[Array, "2 rays"]:
-    """z of a neuron on each ray, without the ray's own point: from its right on the rays β < n, on others its left."""
-    weight = weights.p * points.y
-    moments = jnp.stack([weight * points.x, weight])
-    # From both ends: as a difference, a small sum beside a heavy point would be lost.
-    left, right = jnp.split(sums_before(jnp.concatenate([moments, moments[:, ::-1]]))[:, :-1], 2)
-    return jnp.concatenate([right[:, ::-1], left], axis=1)
 
 
 def _passes_sticky_ray(field: Field, net: ReluNetwork, weights: Weights, cell: Int[Array, " k"]) -> Bool[Array, " k"]:

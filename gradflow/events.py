@@ -21,10 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.clarke import Field, Mode, Points, Weights, active_cell, cell_range, find_cell, inactive_cell, point_of
-from gradflow.crossing import cross, pulls
+from gradflow.clarke import (
+    Field,
+    Mode,
+    Points,
+    Weights,
+    active_cell,
+    cell_range,
+    find_cell,
+    inactive_cell,
+    point_of,
+    pulls,
+)
+from gradflow.crossing import cross
 from gradflow.length import length
 from gradflow.network import ReluNetwork
+from gradflow.origin import closest_approach, leave_origin
 from gradflow.sites import sums_before
 
 NODES = np.linspace(0, 1, 5)  # where a step is sampled: enough for the quartics that Tsit5 and Rodas5P give
@@ -36,12 +48,16 @@ SHARE = 1e-3  # of rtol, that an event may change a derivative by and not be met
 class Tolerance(eqx.Module):
     """What one step may be wrong by: `rtol` and `atol` in the parameters, `margin` in every margin that matters.
 
+    Parameters of neuron j are held to `atol` + `rtol` · (its size + `least`), `least` (k,) being the smallest size that
+    it has had: relative to the neuron itself, on whatever scale it is, without the need to follow a neuron that has
+    just begun to grow as closely as one that has always been as small.
     `each`: every event is met that changes derivatives, too (`sensitivity.py`).
     """
 
     rtol: Float[Array, ""]
     atol: Float[Array, ""]
     margin: Float[Array, ""]
+    least: Float[Array, " k"]
     each: bool = eqx.field(static=True)
 
     def reach(self, net: ReluNetwork, points: Points) -> Float[Array, " k"]:
@@ -56,6 +72,10 @@ class Tolerance(eqx.Module):
         """How near to a ray is on it: within a fifth of rtol ‖u_j‖, and within `reach`."""
         return jnp.minimum(0.2 * self.rtol * length(net.w, net.b), self.reach(net, points))
 
+    def origin(self, net: ReluNetwork) -> Float[Array, " k"]:
+        """How near u_j = 0 counts as there: within rtol |v_j|, where tolerance leaves the direction of u_j open."""
+        return self.rtol * jnp.abs(net.v)
+
     @property
     def release(self) -> Float[Array, ""]:
         """How far μ may be outside [0, 1] at a release: an error in force that lasts as short a time as it is small.
@@ -65,7 +85,8 @@ class Tolerance(eqx.Module):
         return self.rtol if self.each else 0.3 * jnp.sqrt(self.rtol)
 
     def size(self, net: ReluNetwork) -> Float[Array, " k"]:
-        return self.atol + self.rtol * jnp.maximum(length(net.w, net.b), jnp.abs(net.v))
+        """What the parameters of every neuron may be wrong by."""
+        return self.atol + self.rtol * (net.sizes + self.least)
 
 
 def rays(mode: Mode, n: int) -> Int[Array, "2 k"]:
@@ -119,7 +140,7 @@ class Outlook(eqx.Module):
       part in which crossings can be made good; +∞ for all of it;
     - `lands`: whether `share` is the place of an event, before which nothing needs a kick: there, a step can be cut;
     - `passed`: free neurons that left their cell until then in a way that does not matter;
-    - `arrives`: free neurons that are on a ray at `share`;
+    - `arrives`: free neurons that are on a ray at `share`; `enters`: free ones that are at the origin of their plane;
     - `kick`: (2, k) what crossings add to u;
     - `growth`: the next step should be no longer than this times the step.
     """
@@ -128,6 +149,7 @@ class Outlook(eqx.Module):
     lands: Bool[Array, ""]
     passed: Bool[Array, " k"]
     arrives: Bool[Array, " k"]
+    enters: Bool[Array, " k"]
     kick: Float[Array, "2 k"]
     growth: Float[Array, ""]
 
@@ -166,13 +188,17 @@ def look_ahead(
 
     sides = side_velocities(points, last, end, nearer, pulls(points, end)[:, nearer])
     excess = jax.vmap(on_own_ray)(nodes, weights) + 0.5 * tolerance.release
-    loose = mode.sliding & (excess[-1] < -0.5 * tolerance.release)
+    # Where v passes through 0 both sides change, and the neuron comes off.
+    flips = mode.sliding & (first.v * last.v < 0)
+    signed_v = jnp.asarray(_TO_QUARTIC, dtype) @ (nodes.v * jnp.sign(first.v)[None])
+    loose = mode.sliding & (flips | (excess[-1] < -0.5 * tolerance.release))
     quartic_excess = jnp.asarray(_TO_QUARTIC, dtype) @ excess
-    falls = jnp.asarray(_SCAN, dtype) @ quartic_excess < 0
-    both = jnp.concatenate([quartic, quartic_excess[:, None]], axis=1)
+    release = jnp.where(flips, signed_v, quartic_excess)
+    falls = jnp.asarray(_SCAN, dtype) @ release < 0
+    both = jnp.concatenate([quartic, release[:, None]], axis=1)
     index = jnp.concatenate([jnp.argmax(below, axis=0), jnp.argmax(falls, axis=0)[None]])
     roots = _root(both, jnp.maximum(index, 1), len(_SCAN) - 1)
-    root, aim = jnp.where(hit, roots[:2], jnp.inf), jnp.clip(roots[2], 0.05, 0.95)
+    root, aim = jnp.where(hit, roots[:2], jnp.inf), jnp.where(flips, roots[2], jnp.clip(roots[2], 0.05, 0.95))
 
     # The jump of the field over all points passed.
     heaviest = jnp.maximum(start.p, end.p) * points.norm
@@ -208,16 +234,20 @@ def look_ahead(
 
     # A neuron that starts a hair beyond its ray would be sent back to the start: a hundredth of the step is progress.
     stop = jnp.where(hit & matters[None], jnp.where(mode.sliding[None], root, jnp.maximum(root, enough[None])), jnp.inf)
-    share = jnp.maximum(jnp.min(stop), 0.01)
-    share = jnp.minimum(share, jnp.min(jnp.where(loose & matters, aim, jnp.inf)))
-    arrives = ~mode.sliding & matters & jnp.any(hit & (root <= share), axis=0)
+    nearest, when = closest_approach(nodes, jnp.asarray(_TO_QUARTIC, dtype), jnp.asarray(_SCAN, dtype))
+    outside = length(first.w, first.b) > tolerance.origin(first)
+    at_origin = jnp.where(~mode.sliding & (mode.cell != n) & outside & (nearest < 0.5 * tolerance.rtol), when, jnp.inf)
+    share = jnp.maximum(jnp.minimum(jnp.min(stop), jnp.min(at_origin)), 0.01)
+    share = jnp.minimum(share, jnp.min(jnp.where(loose & (matters | flips), aim, jnp.inf)))
+    enters = (at_origin <= share) & (at_origin < jnp.inf)
+    arrives = ~mode.sliding & ~enters & matters & jnp.any(hit & (root <= share), axis=0)
     there = jnp.einsum("i,irk->rk", lagrange(jnp.minimum(share, 1)), value)
     passed = jnp.where(share <= 1, ~mode.sliding & ~arrives & jnp.any(there < -touch, axis=0), passed)
     # At the origin of the (w, b) plane, where neurons die, a step is only cut if it matters in a shorter one too.
     dies = mode.sliding & hit[0] & matters & (root[0] <= share)
     lands = (share > 0.01) & ~jnp.any((many & (enough >= share)) | (passed & passes) | dies)
     kick = jnp.where((passed & passes)[None], crossing.kick, 0)
-    return Outlook(share, lands, passed, arrives, kick, growth)
+    return Outlook(share, lands, passed & ~enters, arrives, enters, kick, growth)
 
 
 def lagrange(s: Float[Array, ""]) -> Float[Array, " 5"]:
@@ -262,11 +292,18 @@ def _passed_weight(weight, old, new, n: int):
 
 
 def update(
-    field: Field, net: ReluNetwork, weights: Weights, passed, arrives, noise: Float[Array, ""], tolerance: Tolerance
+    field: Field,
+    net: ReluNetwork,
+    weights: Weights,
+    passed: Bool[Array, " k"],
+    arrives: Bool[Array, " k"],
+    enters: Bool[Array, " k"],
+    noise: Float[Array, ""],
+    tolerance: Tolerance,
 ) -> tuple[ReluNetwork, Mode, Int[Array, ""], Bool[Array, ""]]:
     """The mode after an accepted step, by the velocities on both sides; neurons on a ray are put exactly there.
 
-    `passed` and `arrives` as in `Outlook`.
+    `passed`, `arrives` and `enters` as in `Outlook`.
 
     Returns the network, the mode, the number of events, and whether the step did not end where it was meant to: not on
     the ray of one that arrives, or too late for one that is released to be accurate.
@@ -282,13 +319,14 @@ def update(
         ray = jnp.where(mode.sliding, ray, jnp.where(net.w > 0, 0, 1))
     near = jnp.where(nearer, gap[1], gap[0])
 
-    # Through the origin of the (w, b) plane, along the ray: out on the opposite one.
+    # At the origin of the (w, b) plane: free, or along the ray, which goes on on the opposite one.
     outward = field.combine(net, weights.p)
     tangent = field.tangent()
     speed = outward.w * tangent[0] + outward.b * tangent[1]
     through = mode.sliding & (gap[0] <= 0.1 * tolerance.size(net)) & (speed < 0)
-    opposite = jnp.where(mode.ray < n, mode.ray + n, mode.ray - n)
-    ray = jnp.where(through, opposite, ray)
+    near_origin = ~mode.sliding & (net.v != 0) & (length(net.w, net.b) <= tolerance.origin(net))
+    # Dead neurons stay where they are.
+    there = (near_origin & (cell != n)) | mode.resting
 
     sides = side_velocities(points, net, weights, ray, pulls(points, weights)[:, ray])
     doubt = noise * jnp.abs(net.v)
@@ -300,14 +338,20 @@ def update(
     most = jnp.minimum(tolerance.size(net), tolerance.reach(net, points))
     held = (sides.inactive > 0) & (sides.active < 0) & (jnp.abs(near) <= most)
     touching |= (passed & held) | (arrives & (inside < 0) & (jnp.abs(near) <= most))
-    astray = jnp.any(arrives & ~touching) | jnp.any(excess < -tolerance.release)
+    # Where v passes through 0 a sliding neuron comes off all at once.
+    turns = (
+        mode.sliding
+        & (jnp.abs(net.v) <= tolerance.size(net))
+        & (net.v * outward.v < 0)
+        & (net.v**2 < net.w**2 + net.b**2)
+    )
+    released |= turns & ~through
+    astray = jnp.any(arrives & ~touching) | jnp.any(enters & ~there) | jnp.any((excess < -tolerance.release) & ~turns)
 
-    decided = touching | released | through
+    decided = (touching & ~there) | released
     slides = decided & ~released & (sides.inactive > -doubt) & (sides.active < doubt)
-    # Off the ray: across it for an arrival, else to the side whose own velocity leads away from it (at the origin,
-    # where none may, to the inactive one: max(0, ·)' = 0 at 0).
-    to_inactive = jnp.where(through, ~(sides.active > 0), sides.inactive < 0)
-    to_inactive = jnp.where(touching, mode.cell == active_cell(ray, n), to_inactive)
+    # Off the ray: across it for an arrival, else to the side whose own velocity leads away from it.
+    to_inactive = jnp.where(touching, mode.cell == active_cell(ray, n), turns | (sides.inactive < 0))
     beside = jnp.where(to_inactive, inactive_cell(ray, n), active_cell(ray, n))
     beside = jnp.where(decided & ~slides, beside, mode.cell).astype(mode.cell.dtype)
     new = Mode(beside, jnp.where(decided, jnp.where(slides, ray, -1), mode.ray))
@@ -315,6 +359,9 @@ def update(
     x = points.x[point_of(ray, n)]
     along = (net.w - x * net.b) / (1 + x**2)
     along = jnp.where(through, 0, along)
-    on = decided | new.sliding
+    on = decided | new.sliding | through
     net = ReluNetwork(jnp.where(on, along, net.w), jnp.where(on, -x * along, net.b), net.v)
-    return net, new, jnp.sum(decided | passed), astray
+    opposite = jnp.where(mode.ray < n, mode.ray + n, mode.ray - n)
+    new = Mode(new.cell, jnp.where(through, opposite, new.ray))
+    net, new = leave_origin(points, net, weights, new, there | through)
+    return net, new, jnp.sum(decided | passed | (there & ~new.resting) | through), astray

@@ -8,7 +8,8 @@ dτ/dt = e^s = mean_i(−ℓ'(q_i)),
 
 (the gradient flow of −log L for the exponential loss) any t is reached in moderate τ. Physical time is carried along as
 the state c = log(1 + t/t₀), dc/dτ = exp(−c − s − log t₀), which starts at 0 and needs no exponential of a margin; the
-unit t₀ = e^{−s}/max_i‖∂q_i‖² is taken at the start, so that early times keep their digits on any scale of the data.
+unit t₀ = e^{−s}/max(max_i‖∂q_i‖², max_i‖x̃_i‖) is taken at the start, so that early times keep their digits on any scale
+of data and weights.
 
 **The loop.** The state holds θ, c and a *mode*: every neuron's activation pattern, and the data point that its
 breakpoint sticks to, if any (`clarke.py`). Inside a mode the field is smooth and a Diffrax solver takes ordinary
@@ -20,10 +21,14 @@ nothing is stiff and the Jacobian is large, and where it has more parts than the
 followed on their own, slow time scale (`slow.py`): "stalled" means that they had not left a positive loss by t = e^496,
 or by 1/L of the loss that was asked for; or that all forces cancel to 1e-10.
 
-**Errors.** A step's error is at most atol + rtol · max(‖u_j‖, |v_j|) in every parameter of neuron j and 1e-3 in every
-margin that matters, less where forces almost cancel; events are met to a fifth of rtol ‖u_j‖, and releases to 0.3 √rtol
-of the force, which moves a breakpoint by O(rtol). v_j² − w_j² − b_j² is conserved in every mode and restored after each
-step.
+**Errors.** Each neuron is followed relative to itself, so that a flow from weights of 1e-100 is as accurate as one from
+weights of 1: a step's error in its parameters is at most rtol times the sum of its present size, max(‖u‖, |v|), and the
+smallest size that it has had (which falls by no more than half a step, so that a neuron that shrinks for ever does not
+hold up the others), plus atol. In every margin that matters it is at most 1e-3, less where forces almost cancel; events
+are met to a fifth of rtol ‖u_j‖, and releases to 0.3 √rtol of the force, which moves a breakpoint by O(rtol). A neuron
+within rtol |v| of u = 0 is put on its way out (`origin.py`). v² − w² − b² is conserved in every mode and restored after
+each step; what of it is rounding at the start, 8 eps of the neuron's squares, counts as 0. Weights down to 1e-150 keep
+their squares; smaller ones are rounded.
 """
 
 import diffrax
@@ -51,7 +56,7 @@ def integrate(
     until: Until | None = None,
     *,
     rtol=1e-6,
-    atol=1e-6,
+    atol=0.0,
     solver: diffrax.AbstractSolver | None = None,
     save: int | None = None,
     max_steps: int | Array = 200_000,
@@ -63,8 +68,8 @@ def integrate(
     - `net`, `data`: the initial network and the points, of one float dtype.
     - `loss`: default `Exponential()`.
     - `until`: when to stop; default `Until()`, until the limit of the direction is certified.
-    - `rtol`, `atol`: error allowed in each parameter in one step, relative to its neuron's size max(‖u‖, |v|) and
-        absolute (units of θ). Traced.
+    - `rtol`, `atol`: error allowed in each parameter in one step, relative to its neuron (see the module's docstring)
+        and absolute (units of θ); with the default, 0, it does not depend on the scale of the weights. Traced.
     - `solver`: any Diffrax solver with an error estimate, for all steps. Default: Rodas5P, and Tsit5 where too many
         points matter at once for its linear algebra.
     - `save`: the most snapshots to keep along the way (even, ≥ 2), in `flow.path`; default none.
@@ -73,7 +78,7 @@ def integrate(
     **Returns** a `Flow`, under jit and vmap too: failure is its `status`, never an exception.
 
     **Raises**, before anything compiles: `TypeError` for an argument of the wrong kind; `ValueError` for mixed dtypes,
-    tolerances that are not positive, an odd `save`, a solver without error estimate, batched weights or points (use
+    tolerances out of range, an odd `save`, a solver without error estimate, batched weights or points (use
     `jax.vmap`), and in float32 for `Until()` and an `until.log_loss` below −50.
 
     >>> import jax
@@ -95,7 +100,7 @@ def integrate(
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, such as {example}, got {value!r}")
-    solvers = default_solvers() if solver is None else (_with_tolerances(solver, rtol, atol),)
+    solvers = default_solvers() if solver is None else (_with_tolerances(solver, net, rtol, atol),)
     if net.w.ndim != 1 or data.x.ndim != 1:
         raise ValueError(
             f"integrate takes one network and one dataset, got weights of shape {net.w.shape} and points of shape "
@@ -104,9 +109,10 @@ def integrate(
     dtype = net.w.dtype
     if data.x.dtype != dtype:
         raise ValueError(f"the network is {dtype} and the data {data.x.dtype}: convert one of them")
-    for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
-        if jnp.ndim(value) != 0 or (is_concrete(value) and not np.asarray(value) > 0):
-            raise ValueError(f"{name} must be one positive number, got {value}")
+    for name, value, sign in (("rtol", rtol, "positive"), ("atol", atol, ""), ("max_steps", max_steps, "positive")):
+        least = np.nextafter(0, 1) if sign else 0
+        if jnp.ndim(value) != 0 or (is_concrete(value) and not np.asarray(value) >= least):
+            raise ValueError(f"{name} must be one {sign or 'non-negative'} number, got {value}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if is_concrete(value) and not np.asarray(value) < 1:
             raise ValueError(f"{name} must be below 1, got {value}: nothing would be left of the flow")
@@ -128,13 +134,18 @@ def integrate(
     return _integrate(net, data, loss, until, *tolerances, solvers, save, jnp.asarray(max_steps))
 
 
-def _with_tolerances(solver: diffrax.AbstractSolver, rtol, atol) -> diffrax.AbstractSolver:
-    """`solver`, whose root finder, if it has one that waits for the tolerances of the integration, gets them."""
+def _with_tolerances(solver: diffrax.AbstractSolver, net: ReluNetwork, rtol, atol) -> diffrax.AbstractSolver:
+    """`solver`, whose root finder, if it has one that waits for the tolerances of the integration, gets them.
+
+    It knows no neurons: what is absolute for it is relative to the largest.
+    """
     finder = getattr(solver, "root_finder", None)
     if finder is None or isinstance(finder.rtol, int | float | jax.Array):
         return solver
     return eqx.tree_at(
-        lambda s: (s.root_finder.rtol, s.root_finder.atol, s.root_finder.norm), solver, (rtol, atol, _max_norm)
+        lambda s: (s.root_finder.rtol, s.root_finder.atol, s.root_finder.norm),
+        solver,
+        (rtol, atol + rtol * jnp.max(net.sizes), _max_norm),
     )
 
 

@@ -24,6 +24,15 @@ from gradflow.network import ReluNetwork
 _TURNS = 0.1  # |v|/‖u‖ below which u is not determined from g = v u: v may pass through 0, and g forgets where u points
 
 
+def lifts(net: ReluNetwork) -> Bool[Array, " k"]:
+    """Whether a step from `net` computes margins from the line of each neuron, as an unknown of its own, or from v u.
+
+    Where |v| is small against ‖u‖, fast motion is in v alone, and in the line it is along u, which turns: there the
+    manifold is flat in (u, v), and curved in g.
+    """
+    return net.v**2 >= _TURNS**2 * (net.w**2 + net.b**2)
+
+
 def drive(net: ReluNetwork, z: Float[Array, "2 k"]) -> tuple[ReluNetwork, Float[Array, "2 k"]]:
     """Velocities of the neurons and of their lines under the forces z_j on the g_j; linear in z."""
     along = net.w * z[0] + net.b * z[1]
@@ -33,12 +42,15 @@ def drive(net: ReluNetwork, z: Float[Array, "2 k"]) -> tuple[ReluNetwork, Float[
     )
 
 
-def from_lines(net: ReluNetwork, lines: Float[Array, "2 k"], balance: Float[Array, " k"]) -> ReluNetwork:
+def from_lines(
+    net: ReluNetwork, lines: Float[Array, "2 k"], balance: Float[Array, " k"], lifted: Bool[Array, " k"]
+) -> ReluNetwork:
     """The network near `net` with v_j u_j = `lines` and v_j² − ‖u_j‖² = `balance`: exactly, from
     v² = (β + √(β² + 4‖g‖²))/2 and u = g/v.
 
-    Where |v| is small against ‖u‖, `net` put back on the invariant by one Newton step u(1 + ε), v(1 − ε) instead, ε of
-    the size of the step's error (Hairer, Lubich and Wanner 2006, IV.4: projection keeps the order).
+    Where neurons are not `lifted`, or |v| has become small against ‖u‖, `net` put back on the invariant by one Newton
+    step u(1 + ε), v(1 − ε) instead, ε of the size of the step's error (Hairer, Lubich and Wanner 2006, IV.4: projection
+    keeps the order).
     """
     # A neuron that slides down its ray shrinks for ever, to where squares of squares are 0: it is left as it is.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(jnp.stack([net.w, net.b, net.v])), axis=0))
@@ -47,7 +59,7 @@ def from_lines(net: ReluNetwork, lines: Float[Array, "2 k"], balance: Float[Arra
     over = 1 / jnp.where(vanishes, 1, largest)
     w, b, v = (jnp.where(vanishes, 1, a * over) for a in (net.w, net.b, net.v))
     squared_norm = w**2 + b**2
-    far = (v**2 >= _TURNS**2 * squared_norm) & (squared_norm > 0) & ~vanishes
+    far = lifted & (v**2 >= 0.25 * _TURNS**2 * squared_norm) & (squared_norm > 0) & ~vanishes
     beta = balance * over**2
 
     g = jnp.where(far[None], lines * over[None] ** 2, 1)
@@ -71,12 +83,14 @@ def from_lines(net: ReluNetwork, lines: Float[Array, "2 k"], balance: Float[Arra
 class Local(eqx.Module):
     """σI − B for the Jacobian B of (u, v, g) ↦ (v z, u·z, v² z + (u·z) u) at fixed z: one 5 × 5 block per neuron.
 
-    `tangent` (2, k): unit vectors along the rays of the neurons that are `sliding`.
+    `lifted` (k,): whether the margins take a neuron's line from g or from v u; `tangent` (2, k): unit vectors along the
+    rays of the neurons that are `sliding`.
     """
 
     net: ReluNetwork
     z: Float[Array, "2 k"]
     sigma: Float[Array, ""]
+    lifted: Bool[Array, " k"]
     sliding: Bool[Array, " k"]
     tangent: Float[Array, "2 k"]
     # What the stages of a step share.
@@ -85,8 +99,8 @@ class Local(eqx.Module):
     over_determinant: Float[Array, " k"]
     over_sigma: Float[Array, ""]
 
-    def __init__(self, net: ReluNetwork, z, sigma, sliding, tangent):
-        self.net, self.z, self.sigma, self.sliding, self.tangent = net, z, sigma, sliding, tangent
+    def __init__(self, net: ReluNetwork, z, sigma, lifted, sliding, tangent):
+        self.net, self.z, self.sigma, self.lifted, self.sliding, self.tangent = net, z, sigma, lifted, sliding, tangent
         self.u = jnp.stack([net.w, net.b])
         self.inner = net.w * z[0] + net.b * z[1]
         self.over_determinant = 1 / (sigma**2 - jnp.sum(z**2, axis=0))
@@ -101,16 +115,21 @@ class Local(eqx.Module):
         pushed = (2 * self.net.v * v)[None] * z + self.inner[None] * jnp.stack([w, b]) + turned[None] * self.u
         return ReluNetwork(w, b, v), (lines + pushed) * self.over_sigma
 
-    def response(self) -> Float[Array, "4 k"]:
-        """G_j (2 × 2, row by row): the change of g_j in (σI − B)^{−1} per change of the force z_j.
+    def line_changes(self, change: ReluNetwork, lines: Float[Array, "2 k"]) -> Float[Array, "2 k"]:
+        """The changes of the lines that margins are computed from."""
+        own = self.net.v[None] * jnp.stack([change.w, change.b]) + change.v[None] * self.u
+        return jnp.where(self.lifted[None], lines, own)
 
-        With a = σu + v z and β = v + (u·z)/σ that is (v β P + (a + β z) aᵀ/(σ² − ‖z‖²))/σ, P the projection to the ray
-        where the neuron slides and the identity elsewhere.
+    def response(self) -> Float[Array, "4 k"]:
+        """G_j (2 × 2, row by row): the change of the line in (σI − B)^{−1} per change of the force z_j.
+
+        With a = σu + v z and β = v + (u·z)/σ that of g_j is (v β P + (a + β z) aᵀ/(σ² − ‖z‖²))/σ, P the projection to
+        the ray where the neuron slides and the identity elsewhere; and that of v_j u_j (v² P + a aᵀ/(σ² − ‖z‖²))/σ.
         """
         v = self.net.v
         a = self.sigma * self.u + v[None] * self.z
-        beta = v + self.inner * self.over_sigma
-        left = (a + beta[None] * self.z) * self.over_determinant[None]
+        beta = jnp.where(self.lifted, v + self.inner * self.over_sigma, v)
+        left = (a + jnp.where(self.lifted, beta, 0)[None] * self.z) * self.over_determinant[None]
         t = self.tangent
         cross = jnp.where(self.sliding, t[0] * t[1], 0)
         projection = jnp.stack(

@@ -72,6 +72,11 @@ class ReluNetwork(eqx.Module):
         return (self.v - norm) * (self.v + norm)
 
     @property
+    def sizes(self) -> Float[Array, " k"]:
+        """The size of every neuron, max(‖(w_j, b_j)‖, |v_j|)."""
+        return jnp.maximum(length(self.w, self.b), jnp.abs(self.v))
+
+    @property
     def lines(self) -> Float[Array, "2 k"]:
         """Slope v_j w_j and offset v_j b_j of the line that each neuron adds where it is active."""
         return jnp.stack([self.v * self.w, self.v * self.b])

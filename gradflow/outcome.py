@@ -186,6 +186,8 @@ class Flow(eqx.Module):
     - `steps`, `rejected`: accepted and rejected step attempts;
     - `events`: how often a breakpoint crossed a data point, stuck to one or came off one;
     - `sliding` (k,): the data point that each neuron's breakpoint sticks to at the end, NaN for none;
+    - `inputs` (2,): the smallest and the largest x; `far`: whether at the start all breakpoints were more than their
+      distance away from both, so that the network is one line on the data;
     - `sensitivity`: whether derivatives of its end exist, where they were asked for (`integrate`);
     - `path`: snapshots if `save` asked for them, else `None`;
     - `limit`: the limit of its direction, if `until` asked for that, else `None` (`gradflow.limit` finds it).
@@ -207,6 +209,8 @@ class Flow(eqx.Module):
     rejected: Int[Array, ""]
     events: Int[Array, ""]
     sliding: Float[Array, " k"]
+    inputs: Float[Array, " 2"]
+    far: Bool[Array, ""]
     sensitivity: Sensitivity
     path: Path | None
     limit: Limit | None
@@ -219,8 +223,19 @@ class Flow(eqx.Module):
     def check(self) -> "Flow":
         """This flow, or a `RuntimeError` with the status's advice. For people; not for jit or vmap."""
         if not bool(self.success):
-            raise RuntimeError(f"{Status[self.status]} ({self._numbers()})")
+            raise RuntimeError(f"{Status[self.status]}{self._scaling()} ({self._numbers()})")
         return self
+
+    def _scaling(self) -> str:
+        """Advice on the scale of the inputs, if that is what the flow failed for."""
+        if self.success or not self.far:
+            return ""
+        low, high = (float(x) for x in self.inputs)
+        centre, half = f"{(low + high) / 2:.4g}", f"{(high - low) / 2:.3g}"
+        return (
+            f" At the start no breakpoint was near the data, {low:.6g} to {high:.6g}: give the network inputs of the "
+            f"order of 1, such as gradflow.Dataset((x - {centre}) / {half}, y)."
+        )
 
     def _numbers(self) -> str:
         return (
@@ -233,7 +248,7 @@ class Flow(eqx.Module):
             return super().__repr__()
         accuracy = "all points classified, for good" if self.separated else "not (yet) provably all points classified"
         return (
-            f"Flow of {self.final.width} neuron{'s' * (self.final.width > 1)}: {Status[self.status]}\n"
+            f"Flow of {self.final.width} neuron{'s' * (self.final.width > 1)}: {Status[self.status]}{self._scaling()}\n"
             f"  {self._numbers()} ({self.rejected} rejected)\n"
             f"  {accuracy}; balancedness drift {self.drift:.1e}, KKT residual so far {self.residual:.1e}"
             + ("" if self.limit is None else f"\n{self.limit!r}")

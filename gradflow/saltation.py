@@ -40,7 +40,7 @@ def starts_on_point(problem: Problem, state: State) -> Bool[Array, ""]:
     net, x = state.net, problem.points.x
     mode = Mode(find_cell(net, x), jnp.full_like(state.mode.ray, -1))
     gap = jnp.min(jnp.abs(distances(net, mode, problem.points)), axis=0)
-    on = gap <= problem.tolerance(jnp.ones_like(state.time)).landing(net, problem.points)
+    on = gap <= problem.tolerance(jnp.ones_like(state.time), state.least).landing(net, problem.points)
     return jnp.any(on & ~absent(net))
 
 

@@ -107,7 +107,7 @@ def repeat(problem: Problem, before: State, step, net: ReluNetwork, clock, x: Fl
 
     still = jax.tree.map(jax.lax.stop_gradient, (before.net, field))
     new, lines, clock = problem.by_solver(field, before.net, still[1].weights(still[0].lines), step, run)
-    new = from_lines(new, lines, balance)
+    new = from_lines(new, lines, balance, field.lifted)
     at = x[point_of(jnp.maximum(before.mode.ray, 0), x.shape[0])]
     along = (new.w - at * new.b) / (1 + at**2)
     slides = before.mode.sliding

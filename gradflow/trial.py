@@ -104,7 +104,7 @@ class Trial:
         scale=1.0,
         loss="exponential",
         rtol=1e-6,
-        atol=1e-6,
+        atol=0.0,
         max_steps=20_000,
     ):
         def set_(**fields):
@@ -131,9 +131,11 @@ class Trial:
         if type(self.distribution) not in DISTRIBUTIONS.values():
             known = ", ".join(kind.__name__ for kind in DISTRIBUTIONS.values())
             raise ValueError(f"a trial can record only the distributions {known}, got {self.distribution!r}")
-        for name in ("scale", "rtol", "atol"):
+        for name in ("scale", "rtol"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.atol >= 0:
+            raise ValueError(f"atol must not be negative, got {self.atol}")
 
     def __eq__(self, other):
         return self.to_json() == other.to_json() if isinstance(other, Trial) else NotImplemented

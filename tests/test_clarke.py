@@ -17,6 +17,7 @@ from gradflow.clarke import (
     inactive_cell,
     solver_of_positive_definite,
 )
+from gradflow.lift import lifts
 from gradflow.rosenbrock import dense_resolvent
 from gradflow.sites import Sites
 from gradflow.slow import Slow
@@ -28,10 +29,10 @@ def setting(loss, slides=0, width=10, samples=9, rank=9, split=False):
     teacher, sample, weights = jr.split(jr.key(3), 3)
     data = gf.Teacher.random(teacher, 4, switches=3).sample(sample, samples)
     net, points = gf.ReluNetwork.random(weights, width), Points(data)
-    slow = Slow((jnp.arange(samples) % 3 == 0) & split, jnp.array(-1.5))
+    slow = Slow((jnp.arange(samples) % 3 == 0) & split, jnp.array(-1.5), jnp.array(0.0))
     cell = find_cell(net, points.x)
     ray = jnp.where(jnp.arange(width) < slides, cell, -1).astype(cell.dtype)
-    field = Field(points, loss, Mode(cell, ray), slow, jnp.array(0.3), rank)
+    field = Field(points, loss, Mode(cell, ray), slow, lifts(net), jnp.array(0.3), rank)
     on = field.project(jnp.stack([net.w, net.b]))
     return field, gf.ReluNetwork(on[0], on[1], net.v), data
 
@@ -153,7 +154,7 @@ def test_neglected_bounds_what_a_small_rank_leaves_out(loss):
     net = net.scaled(0.2)  # a small network spreads the sample weights
     y = (net, net.lines, jnp.array(0.2))
     sigma = jnp.array(1e6)  # (σI − J)^{−1} ≈ (I + J/σ)/σ: differences of resolvents show differences of J
-    full = Field(field.points, loss, field.mode, field.slow, field.log_unit, 9)
+    full = Field(field.points, loss, field.mode, field.slow, field.lifted, field.log_unit, 9)
     missing = field.stiffness(net, field.weights(net.lines))[1]
     for seed in range(5):
         change = jax.tree.map(lambda a, s=seed: jr.normal(jr.key(s), a.shape), net)

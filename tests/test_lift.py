@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gradflow as gf
-from gradflow.lift import Local, drive, from_lines
+from gradflow.lift import Local, drive, from_lines, lifts
 
 FREE = jnp.array([False])
 
@@ -23,7 +23,7 @@ def neuron(w, b, v):
 def test_a_neuron_is_found_from_its_line_and_its_invariant(v, size):
     net = neuron(1.5 * size, -2.0 * size, v * size)
     off = jax.tree.map(lambda a: a * (1 + 1e-7), net)
-    found = from_lines(gf.ReluNetwork(off.w, net.b, net.v), net.lines, net.balance)
+    found = from_lines(gf.ReluNetwork(off.w, net.b, net.v), net.lines, net.balance, lifts(net))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(net), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-14 if v > 0.1 else 1e-6)
     scale = jnp.max(jnp.abs(jnp.stack(jax.tree.leaves(net)))) ** 2
@@ -32,10 +32,10 @@ def test_a_neuron_is_found_from_its_line_and_its_invariant(v, size):
 
 def test_neurons_at_zero_stay_there_and_have_finite_derivatives():
     net = gf.ReluNetwork([0.0, 0.0, 1.0], [0.0, 0.0, 2.0], [0.0, 3.0, 0.0])
-    found = from_lines(net, net.lines, net.balance)
+    found = from_lines(net, net.lines, net.balance, lifts(net))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(net), strict=True):
         np.testing.assert_array_equal(a, b)
-    gradient = jax.grad(lambda net: jnp.sum(from_lines(net, net.lines, net.balance).lines))(net)
+    gradient = jax.grad(lambda net: jnp.sum(from_lines(net, net.lines, net.balance, lifts(net)).lines))(net)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
@@ -52,7 +52,7 @@ def test_the_local_block_inverts_the_jacobian_and_answers_to_forces(slides):
     tangent = jnp.array([[1.0], [-2.0]]) / jnp.sqrt(5.0)  # along u
     if slides:
         z = jnp.sum(z * tangent) * tangent
-    local = Local(net, z, sigma, jnp.array([slides]), tangent)
+    local = Local(net, z, sigma, lifts(net), jnp.array([slides]), tangent)
 
     def flat(net, lines):
         return jnp.concatenate([net.w, net.b, net.v, lines[:, 0]])
@@ -76,7 +76,7 @@ def test_a_neuron_that_shrinks_for_ever_keeps_finite_errors(u, size):
     """One slid down its ray to 7e-78, where squares of squares are 0; its error became NaN, and no step was allowed."""
     net = neuron(u[0] * size, u[1] * size, size)
     change = jax.tree.map(lambda a: jnp.full_like(a, 1e-20 * size), net)
-    settle = functools.partial(from_lines, balance=net.balance)
+    settle = functools.partial(from_lines, balance=net.balance, lifted=lifts(net))
     found, error = jax.jvp(settle, (net, net.lines), (change, 1e-20 * net.lines))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(net), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9)

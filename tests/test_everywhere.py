@@ -1,0 +1,122 @@
+"""Flows away from the reference trial: tiny weights, unbalanced ones, crowds, inputs of any scale.
+
+`faults.json` holds inputs that failed once, each for a kind.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from reference_flow import Reference
+
+import gradflow as gf
+
+CASES = {case["name"]: case for case in json.loads((Path(__file__).parent / "faults.json").read_text())}
+
+
+def case(name):
+    one = CASES[name]
+    return gf.ReluNetwork(one["w"], one["b"], one["v"]), gf.Dataset(one["x"], one["y"])
+
+
+def attempts(flow):
+    return int(flow.steps + flow.rejected)
+
+
+def test_a_tiny_start_leads_to_the_limit_that_finer_tolerances_give():
+    net, data = case("tiny_initialisation")
+    flow, finer = (gf.integrate(net, data, rtol=rtol) for rtol in (1e-6, 1e-9))
+    assert flow.limit.certified and finer.limit.certified
+    np.testing.assert_allclose(flow.limit.value, 175.0434318, rtol=1e-8)
+    np.testing.assert_allclose(finer.limit.value, flow.limit.value, rtol=1e-8)
+
+
+class EarlyAlignment(Reference):
+    """The flow at vanishing weights: every sample counts alike."""
+
+    def weights(self, theta):
+        return np.full(self.x.size, 1 / self.x.size)
+
+
+def test_early_alignment_takes_the_time_of_its_linear_law():
+    """From 1e-100 to 1e-2 in τ = 525, not 8.5e14: the linear law of early alignment, integrated independently."""
+    net, data = case("tiny_initialisation_clock")
+    flow = gf.integrate(net, data, until=gf.Until(norm=1e-2))
+    reference = EarlyAlignment(*(1e100 * np.asarray(a) for a in (net.w, net.b, net.v)), data.x, data.y)
+    end = reference.run(float(flow.time), rtol=1e-10)
+    log_norm = np.log(np.linalg.norm(end)) - 100 * np.log(10)
+    np.testing.assert_allclose(log_norm, 0.5 * np.log(float(flow.final.squared_norm)), atol=2e-3)
+    assert np.isfinite(flow.log_time)
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-100, 1e-30, 1.0, 1e10])
+def test_early_alignment_does_not_depend_on_the_scale(scale):
+    """While margins are small the flow is homogeneous; where they are not the loss falls, at any scale."""
+    net = gf.ReluNetwork.random(jr.key(1), 8, "gaussian")
+    data = gf.Dataset([-0.9, -0.2, 0.4, 0.8], [1, -1, -1, 1])
+    flow = gf.integrate(net.scaled(scale), data, until=gf.Until(time=3.0)).check()
+    assert np.isfinite(flow.log_time) and flow.rise <= 1e-6
+    if scale < 1:
+        small = gf.integrate(net.scaled(1e-8), data, until=gf.Until(time=3.0)).check()
+        for a, b in zip(jax.tree.leaves(flow.final), jax.tree.leaves(small.final), strict=True):
+            np.testing.assert_allclose(a / scale, b / 1e-8, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-30, 1e-100])
+def test_a_saddle_is_left_by_the_smallest_neuron(size):
+    """The right-hand point is fitted at once; the other waits for a neuron of this size, which grows like e^{√2 τ}. The
+    points are orthogonally separable, so the limit is the optimum: 1/√2 twice (Phuong and Lampert 2021).
+    """
+    net = gf.ReluNetwork([0.5, -size], [0.5, size], [0.5**0.5, -(2**0.5) * size])
+    flow = gf.integrate(net, gf.Dataset([-1.0, 1.0], [-1, 1]), max_steps=5_000)
+    assert flow.status == gf.Status.certified
+    np.testing.assert_allclose(flow.limit.value, 2**0.5, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["failed_but_never_stalled", "neuron_at_the_origin", "six_breakpoints_on_a_dead_point"]
+)
+def test_training_that_fails_is_soon_seen_to_have_failed(name):
+    net, data = case(name)
+    flow = gf.integrate(net, data, max_steps=5_000)
+    assert flow.status == gf.Status.stalled and attempts(flow) < 1_000
+    assert not np.isnan(flow.time) and np.isfinite(flow.log_time)
+
+
+def test_a_neuron_that_comes_to_the_origin_goes_on_as_in_small_steps():
+    net, data = case("neuron_at_the_origin")
+    until, steps = 1.0, 200_000
+
+    def euler(_, net):
+        active = (net.w[:, None] * data.x[None] + net.b[:, None] > 0).astype(float)
+        p = (jax.nn.softmax(-data.margins(net)) * data.y)[None]
+        z = jnp.stack([jnp.sum(active * p * data.x[None], axis=1), jnp.sum(active * p, axis=1)])
+        h = until / steps
+        return gf.ReluNetwork(
+            net.w + h * net.v * z[0], net.b + h * net.v * z[1], net.v + h * (net.w * z[0] + net.b * z[1])
+        )
+
+    small = jax.jit(lambda net: jax.lax.fori_loop(0, steps, euler, net))(net)
+    flow = gf.integrate(net, data, until=gf.Until(time=until)).check()
+    for a, b in zip(jax.tree.leaves(flow.final), jax.tree.leaves(small), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_small_output_weights_on_large_inputs_are_no_stiffness():
+    """A neuron with |v| ≪ ‖u‖ turns slowly on inputs of 1,000; steps of 0.4 would take 10⁵ of them."""
+    x = [-976.96, -337.89, -329.76, -311.0, -241.28, 548.18, 854.87, 943.6]
+    net = gf.ReluNetwork([1.17, 0.6, -1.3], [0.8, -1.0, 0.4], [-0.9, 1.4, 0.3])
+    flow = gf.integrate(net, gf.Dataset(x, [1, -1] * 4), max_steps=5_000)
+    assert flow.status == gf.Status.stalled and not np.isnan(flow.time)
+
+
+def test_years_get_advice_with_the_numbers_to_type():
+    net, data = case("years")
+    flow = gf.integrate(net, data)
+    assert flow.status == gf.Status.stalled and "gradflow.Dataset((x - 2005) / 15, y)" in str(flow)
+    with pytest.raises(RuntimeError, match=r"\(x - 2005\) / 15"):
+        flow.check()
