@@ -270,7 +270,6 @@ class Problem(eqx.Module):
             | (rho >= until.norm.astype(dtype))
         )
         met |= separated & (misalignment(state.net, velocity) <= until.settled.astype(dtype))
-        coarse = (dtype == jnp.float32) & (weights.log_loss < FLOAT32_LOG_LOSS)
         squared = jnp.where(weights.p > 0, field.squared_gradients(state.net), 0)
         fastest = jnp.sqrt(jnp.max(squared))
         pace, force = self.relative_speeds(state, weights, velocity, z)
@@ -279,6 +278,8 @@ class Problem(eqx.Module):
         small = jnp.where(state.slow.holds, jnp.exp(state.slow.log_size), 1)
         eps = float(jnp.finfo(dtype).eps)
         rounding = 8 * eps * (1 + jnp.sum(weights.c * (1 - weights.p) * squared))
+        # Where it is of the order of 1, it decides between points that all but share the least margin.
+        coarse = (dtype == jnp.float32) & (weights.log_loss < FLOAT32_LOG_LOSS) | (~separated & (rounding > 1))
         least = max(_STANDSTILL, 100 * eps)
         still = pace <= jnp.maximum(least * small, jnp.minimum(rounding, 10 * least))
         # A flow that separates reaches log loss −Λ at t ≈ e^Λ: one that has not by then has failed.

@@ -1,19 +1,12 @@
 """The best there is: the global maximum-margin classifier, beside which a limit is judged.
 
-**Closed form** for m ≥ 3 label switches. At switch κ between the neighbours i, i + 1 of different labels let
-L_κ(x) = a_κ x + d_κ be the line through (x_i, y_i) and (x_{i+1}, y_{i+1}). The optimum follows L_κ around switch κ and
-turns from L_κ to L_{κ+1} where they meet, at ξ_κ; its value is
+By the number m of label switches along the line: in closed form, network and proof, for all m but two
+(`closed_form.py`), and by minimisation over two numbers for m = 2 (`two_switches.py`). Both give multipliers λ, whose
+Σλ is a lower bound on ½‖θ‖² for every network, of any width, that classifies the data with margin 1.
 
-    ½‖θ*‖² = Σ_κ √((Δa_κ)² + (Δd_κ)²),    Δ: κ + 1 minus κ,
-
-as a bend of size |Δa| at ξ costs |Δa| √(1 + ξ²) (Boursier and Flammarion 2023) and each has to be paid. Attained
-by f* = Σ Δa_κ [(1 − β_κ) max(0, x − ξ_κ) + β_κ max(0, ξ_κ − x)] if the β leave no line over: if L_1 −
-Σ β_κ (L_κ − L_{κ+1}) vanishes. The slopes alternate in sign, and the origin is a convex combination α L_1 + ζ L_2 +
-η L_3 in the (a, d) plane; β_1 = 1 − α, β_2 = η, all others 0, will do.
-
-**Program** for m ≤ 2, where the line left over has a price of its own and the formula is too low, and as an independent
-check for all m: the convex program of `program.py` with all cells allowed, on as many points as it takes. Its Σλ is a
-lower bound on ½‖θ‖² for every network, of any width, that classifies the data with margin 1.
+`by_program` solves the same problem, for any m, by the convex program of `program.py` with all cells allowed, on as
+many points as it takes. It shares no formula with the above and serves to check it; where labels change within 1e-6 of
+the data's length it runs out of digits.
 """
 
 import equinox as eqx
@@ -22,13 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gradflow.clarke import Points
+from gradflow.closed_form import Solved, chosen, closed_form, count_switches
 from gradflow.cones import neurons_held
 from gradflow.data import Dataset
 from gradflow.implicit import lasts, moved
-from gradflow.length import length
 from gradflow.network import ReluNetwork, is_concrete
 from gradflow.piecewise import knots
 from gradflow.program import lower_bound, solve
+from gradflow.two_switches import two_switches
 from gradflow.undefined import undefined
 
 _SIZES = (24, 64)  # points in the program at a time: at first, and if that proves nothing
@@ -79,8 +73,8 @@ class Optimum(eqx.Module):
 def max_margin(data: Dataset) -> Optimum:
     """The network of any width with the largest min_i y_i N(x_i)/‖θ‖², and a proof of how far from it it may be.
 
-    Works under jit and vmap, and can be differentiated by `data.x`: as the closed form, where that is the optimum, and
-    else through the optimality conditions (`implicit.py`); NaN where it is not proved.
+    Works under jit and vmap, and can be differentiated by `data.x`: as the closed form, and for two label switches
+    through the optimality conditions (`implicit.py`); NaN where it is not proved or has no derivative.
 
     **Raises** `ValueError` in float32, where the proof is out of reach.
 
@@ -102,14 +96,16 @@ def _max_margin(data: Dataset) -> Optimum:
 @eqx.filter_custom_jvp
 def _optimum(data: Dataset) -> Optimum:
     points = Points(data)
-    by_program, bound, shares = _program(points, points.log_count > -jnp.inf)
-    multipliers = points.spread(shares, data)
-    if points.x.shape[0] < 4:
-        return Optimum(by_program, 0.5 * by_program.squared_norm, bound, multipliers)
-    closed, applies = _closed(points)
-    width = max(closed.width, by_program.width)
-    network = jax.tree.map(lambda a, b: jnp.where(applies, a, b), _padded(closed, width), _padded(by_program, width))
-    return Optimum(network, 0.5 * network.squared_norm, bound, multipliers)
+    real = points.log_count > -jnp.inf
+    found = closed_form(points.x, points.y, real)
+    if points.x.shape[0] > 2:
+        two = count_switches(points.y, real) == 2
+        found = chosen(two, two_switches(points.x, points.y, real, two), found)
+    return _as_optimum(found, points, data)
+
+
+def _as_optimum(found: Solved, points: Points, data: Dataset) -> Optimum:
+    return Optimum(found.network, 0.5 * found.network.squared_norm, found.bound, points.spread(found.multipliers, data))
 
 
 @_optimum.def_jvp
@@ -120,62 +116,33 @@ def _optimum_jvp(primals, tangents):
     found = _optimum(data)
     residual = jnp.where(found.proved, 0, jnp.inf)
     network, multipliers, value = moved(found.network, found.multipliers, residual, data, seed.x)
-    bound = value
-    if data.x.shape[0] >= 4:
-        (closed, applies), (change, _) = eqx.filter_jvp(
-            lambda x: _closed(Points(eqx.tree_at(lambda d: d.x, data, x))), (data.x,), (seed.x,)
-        )
-        # Where the conditions have no derivative the formula goes on, but for other data.
-        sound = lasts(found.network, found.multipliers, residual, data)
-        change = jax.tree.map(lambda a: jnp.where(sound, a, undefined(seed.x, a)), _padded(change, found.network.width))
-        network = jax.tree.map(lambda a, b: jnp.where(applies, a, b), change, network)
-        pairs = zip(jax.tree.leaves(closed), jax.tree.leaves(change), strict=True)
-        value = jnp.where(applies, sum(jnp.sum(a * b[: closed.width]) for a, b in pairs), value)
-    return found, Optimum(network, value, bound, multipliers)
+    implicit = Optimum(network, value, value, multipliers)
+
+    def explicit(x):
+        points = Points(eqx.tree_at(lambda d: d.x, data, x))
+        return _as_optimum(closed_form(points.x, points.y, points.log_count > -jnp.inf), points, data)
+
+    _, change = eqx.filter_jvp(explicit, (data.x,), (seed.x,))
+    points = Points(data)
+    switches = count_switches(points.y, points.log_count > -jnp.inf)
+    # Where the conditions have no derivative the formula goes on, but for other data. N = 1 goes on for all near them.
+    constant = (switches == 0) & found.proved & jnp.all(found.network.w == 0)
+    sound = constant | lasts(found.network, found.multipliers, residual, data)
+    change = jax.tree.map(lambda a: jnp.where(sound, a, undefined(seed.x, a)), change)
+    change = eqx.tree_at(lambda c: c.lower_bound, change, change.value)
+    return found, chosen(switches == 2, implicit, change)
 
 
 def _padded(net: ReluNetwork, width: int) -> ReluNetwork:
     return jax.tree.map(lambda a: jnp.pad(a, (0, width - a.shape[0])), net)
 
 
-def _closed(points: Points) -> tuple[ReluNetwork, Bool[Array, ""]]:
-    """The closed form, and whether it applies."""
-    real = points.log_count > -jnp.inf
-    switches = jnp.sum(real[1:] & (points.y[1:] != points.y[:-1]))
-    return closed_form(points.x, points.y, real), switches >= 3
-
-
-def closed_form(x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, " n"]) -> ReluNetwork:
-    """The optimum for m ≥ 3 switches of n ≥ 4 ascending points, of width m + 1 padded to n; nonsense for fewer."""
-    switch = real[1:] & (y[1:] != y[:-1])
-    order = jnp.argsort(~switch, stable=True)
-    count = jnp.sum(switch)
-    gap = jnp.where(switch, x[1:] - x[:-1], 1)  # all padding lies in one place
-    slope, offset = ((y[1:] - y[:-1]) / gap)[order], ((y[:-1] * x[1:] - y[1:] * x[:-1]) / gap)[order]
-    bends = jnp.arange(order.size - 1) < count - 1
-    rise, drop = jnp.where(bends, jnp.diff(slope), 0), jnp.where(bends, jnp.diff(offset), 0)
-
-    # Barycentric coordinates of the origin among the first three lines.
-    def area(i, j):
-        return slope[i] * offset[j] - slope[j] * offset[i]
-
-    parts = jnp.stack([area(1, 2), area(2, 0), area(0, 1)])
-    total = jnp.sum(parts)
-    first, _, third = parts / jnp.where(total == 0, 1, total)
-    left = jnp.zeros_like(rise).at[0].set(1 - first).at[1].set(third)
-
-    def neurons(share, rise, drop, sign):
-        # A neuron with v u = sign · share · (Δa, Δd) is active on the side where that line has the sign of v.
-        a, d = sign * share * rise, sign * share * drop
-        size = length(a, d)
-        root = jnp.sqrt(jnp.where(size > 0, size, 1))
-        # Right-facing: v has the sign of Δa, u = (|Δa|, …); left-facing: the same v, u = (−|Δa|, …).
-        v = jnp.where(size > 0, jnp.sign(rise) * root, 0)
-        turn = jnp.where(size > 0, jnp.sign(rise) / root, 0)
-        return a * turn, d * turn, v
-
-    right, mirrored = neurons(1 - left, rise, drop, 1), neurons(left[:2], rise[:2], drop[:2], -1)
-    return ReluNetwork(*(jnp.concatenate([r, m]) for r, m in zip(right, mirrored, strict=True)))
+@eqx.filter_jit
+def by_program(data: Dataset) -> Optimum:
+    """What `max_margin` finds, by a convex program instead: an independent check, slower and less exact."""
+    points = Points(data)
+    network, bound, shares = _program(points, points.log_count > -jnp.inf)
+    return Optimum(network, 0.5 * network.squared_norm, bound, points.spread(shares, data))
 
 
 def _program(points: Points, real: Bool[Array, " n"]) -> tuple[ReluNetwork, Float[Array, ""], Float[Array, " n"]]:

@@ -1,9 +1,11 @@
-"""Independent oracles for limits: a conic solver for the program, and the KKT conditions in rational arithmetic."""
+"""Independent oracles for limits and optima: a conic solver, rational arithmetic, and many digits."""
 
 from fractions import Fraction
+from itertools import pairwise
 from math import isqrt
 
 import cvxpy as cp
+import mpmath as mp
 import numpy as np
 
 
@@ -91,3 +93,46 @@ def exact_residual(net, x, y, multipliers, on=Fraction(1, 10**11)) -> float:
 def _root(value: Fraction) -> Fraction:
     scale = 10**40
     return Fraction(isqrt(value.numerator * scale**2 // value.denominator), scale)
+
+
+def exact_bound(x, y, multipliers) -> mp.mpf:
+    """Σλ/max |G|, a lower bound on ½‖θ‖² for any width, from λ ≥ 0 and G(u) = Σ λ_i y_i max(0, u·x̃_i) on ‖u‖ = 1, at
+    the working precision of mpmath.
+
+    |G| is largest at a ray through a point or along the force of the points on one side of a place.
+    """
+    x, y, lam = ([mp.mpf(a) for a in values] for values in (x, y, multipliers))
+    assert min(lam) >= 0
+    n, forces = len(x), [a * s for a, s in zip(lam, y, strict=True)]
+    sides = [range(k, n) for k in range(n)] + [range(k) for k in range(1, n)]
+    directions = [(a, -a * x_) for x_ in x for a in (mp.mpf(1), mp.mpf(-1))]
+    directions += [(mp.fsum(forces[i] * x[i] for i in s), mp.fsum(forces[i] for i in s)) for s in sides]
+    largest = mp.mpf(0)
+    for w, b in directions:
+        size = mp.sqrt(w * w + b * b)
+        for sign in (1, -1) if size > 0 else ():
+            value = mp.fsum(f * max(0, sign * (w * x_ + b)) for f, x_ in zip(forces, x, strict=True)) / size
+            largest = max(largest, abs(value))
+    return mp.fsum(lam) / largest
+
+
+def exact_optimum(x, y) -> mp.mpf:
+    """½‖θ*‖² of at least three label switches, proved at the working precision of mpmath: from the breakpoints of the
+    formula, the multipliers by 2 × 2 systems; with `exact_bound`.
+    """
+    pairs = sorted({(float(a), float(b)) for a, b in zip(x, y, strict=True)})
+    switches = [(mp.mpf(a), mp.mpf(b), mp.mpf(s)) for (a, s), (b, t) in pairwise(pairs) if s != t]
+    lines = [(-2 * s / (b - a), s + 2 * s * a / (b - a)) for a, b, s in switches]
+    knots = [-(d - d_) / (a - a_) for (a_, d_), (a, d) in pairwise(lines)]
+    if 1 + switches[0][0] * knots[0] < 0:
+        knots[0] = -1 / switches[0][0]
+    if 1 + switches[-1][1] * knots[-1] < 0:
+        knots[-1] = -1 / switches[-1][1]
+    bends = [s * mp.matrix([1, -k]) / mp.sqrt(1 + k * k) for (*_, s), k in zip(switches, knots, strict=False)]
+    zero, lam = mp.matrix([0, 0]), {}
+    for (a, b, s), before, after in zip(switches, [zero, *bends], [*bends, zero], strict=True):
+        force = mp.lu_solve(mp.matrix([[a, b], [1, 1]]), before - after)
+        for place, f in ((a, force[0] * s), (b, -force[1] * s)):
+            lam[place] = lam.get(place, 0) + (0 if abs(f) < mp.mpf(10) ** (10 - mp.mp.dps) / (b - a) else f)
+    labels = dict(pairs)
+    return exact_bound(list(lam), [labels[float(place)] for place in lam], list(lam.values()))
