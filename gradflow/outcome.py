@@ -30,8 +30,8 @@ class Status(eqx.Enumeration):
     )
     precision = (
         "The float dtype cannot follow the flow any further: float32 past log loss −50, where margins and their "
-        "differences in the weights of the points take more digits; float64 where margins are so large that their rounding decides "
-        "between points. Use float64, smaller weights or inputs, or ask for less."
+        "differences in the weights of the points take more digits; float64 where margins are so large that their "
+        "rounding decides between points. Use float64, smaller weights or inputs, or ask for less."
     )
     step_too_small = (
         "The step size fell below rounding: the tolerance is finer than the float dtype can meet. Loosen `rtol` and "
