@@ -57,11 +57,16 @@ class Solved(eqx.Module):
 def closed_form(x: Float[Array, " n"], y: Float[Array, " n"], real: Bool[Array, " n"]) -> Solved:
     """The optimum of ascending points by their label switches; for two switches nonsense, and a bound of 0."""
     switches = count_switches(y, real)
-    found = _one_class(x, y, real)
+
+    def where(applies):
+        """The points, as constants where a formula does not apply: it may be singular there, and 0 · NaN is NaN."""
+        return jnp.where(applies, x, jax.lax.stop_gradient(x))
+
+    found = _one_class(where(switches == 0), y, real)
     if x.shape[0] > 1:
-        found = chosen(switches == 0, found, _one_switch(x, y, real))
+        found = chosen(switches == 0, found, _one_switch(where(switches == 1), y, real))
     if x.shape[0] > 3:
-        found = chosen(switches < 3, found, _many_switches(x, y, real))
+        found = chosen(switches < 3, found, _many_switches(where(switches > 2), y, real))
     return eqx.tree_at(lambda f: f.bound, found, jnp.where(switches == 2, 0, found.bound))
 
 
@@ -155,8 +160,9 @@ def _many_switches(x, y, real) -> Solved:
     outer, end = low[0], high[last + 1]
     steep, steep_end = 1 + outer * place[0] < 0, 1 + end * place[last] < 0
     turn, turn_end = -1 / jnp.where(steep, outer, 1), -1 / jnp.where(steep_end, end, 1)
-    first = jnp.where(steep, (2 + slope[1] * (low[1] - turn)) / (turn - outer), slope[0])
-    final = jnp.where(steep_end, (2 + slope[last] * (turn_end - high[last])) / (end - turn_end), slope[last + 1])
+    reach, reach_end = jnp.where(steep, turn - outer, 1), jnp.where(steep_end, end - turn_end, 1)
+    first = jnp.where(steep, (2 + slope[1] * (low[1] - turn)) / reach, slope[0])
+    final = jnp.where(steep_end, (2 + slope[last] * (turn_end - high[last])) / reach_end, slope[last + 1])
     place = place.at[0].set(jnp.where(steep, turn, place[0])).at[last].set(jnp.where(steep_end, turn_end, place[last]))
     jump = jump.at[0].set(first + slope[1]).at[last].set(slope[last] + final)
 

@@ -202,3 +202,15 @@ def test_an_optimum_that_is_elsewhere_is_not_proved_for_two_switches():
         assert float(_proof(at, worse)[0]) < float(found.cost) * (1 - 1e-5)
     pushed = eqx.tree_at(lambda f: f.bound, found, found.bound + 0.01)
     assert float(_proof(at, pushed)[0]) < float(found.cost) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("y", [[1, -1, -1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, 1, 1, 1]])
+def test_both_modes_agree_where_formulas_that_do_not_apply_are_singular(y):
+    """In reverse mode the derivative of a branch that is not taken has the weight 0, and 0 · NaN is NaN."""
+    x = jnp.array([-1.0, -0.5, 0.5, 1.0])
+
+    def value(x):
+        return gf.max_margin(eqx.tree_at(lambda d: d.x, gf.Dataset(np.asarray([-1.0, -0.5, 0.5, 1.0]), y), x)).value
+
+    forward = [jax.jvp(value, (x,), (seed,))[1] for seed in jnp.eye(4)]
+    np.testing.assert_allclose(jax.grad(value)(x), forward, rtol=1e-12, atol=1e-12)
