@@ -96,7 +96,7 @@ def test_trials_differ_by_any_field():
         (dict(scale=float("inf")), "scale must be finite"),
         (dict(scale="big"), "scale must be a number"),
         (dict(rtol=0.0), "rtol must be positive"),
-        (dict(atol=-1e-9), "atol must be positive"),
+        (dict(atol=-1e-9), "atol must not be negative"),
     ],
 )
 def test_nonsense_is_refused(change, message):
