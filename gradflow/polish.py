@@ -1,4 +1,10 @@
-"""Newton's method on the constraints of the program for a limit (`program.py`) that are active at its optimum."""
+"""Newton's method on the constraints of the program for a limit (`program.py`) that are active at its optimum.
+
+Where two points of the support are close, λ is as large as one over their distance, and cancels; nearly singular in λ,
+the equations are not in values of G (`nodes`), in which they are solved.
+"""
+
+import functools as ft
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +17,7 @@ ROUNDS = 13  # in which the active constraints are corrected, at last; but for t
 _STEPS = 8  # for one set of active constraints
 _ACTIVE = 30.0
 _PROXIMAL = 1e-7
+_LOOSE = 1e-10  # rounding of margins over what it may change a value of G by
 _RIDGE = 1e-13
 _ROUNDING = 1e-9  # of the amplitudes, up to which lines may be changed to make up for rounding
 
@@ -57,28 +64,33 @@ def polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, rounds) -> Solu
         """y_i s [i ∈ c] e·x̃_i."""
         return pattern * (e[0][:, None] * cones.x[None, :] + e[1][:, None])
 
-    def step(lam, amplitude, support, in_use):
+    def step(lam, amplitude, support, in_use, by_nodes):
         """Newton's step for the constraints in use."""
         _, h, e, place = unit(lam)
+        basis = y[:, None] * jnp.where(by_nodes, nodes(cones.x, support), jnp.eye(n, dtype=y.dtype))
         c = columns(e)
+        lack = (c.T @ amplitude - 1) @ basis
         # Inside its cell a unit vector turns with z, on a ray it does not.
-        turn = columns(jnp.stack([-e[1], e[0]]))
+        c, turn = c @ basis, columns(jnp.stack([-e[1], e[0]])) @ basis
         bend = jnp.where(in_use & (place == 0), amplitude / jnp.where(h > 0, h, 1), 0)
-        k = (turn.T * bend[None]) @ turn * total
-        gaps = jnp.concatenate([c.T @ amplitude - 1, h - 1])
+        k = (turn.T * bend[None]) @ turn
+        gaps = jnp.concatenate([lack, h - 1])
         live = jnp.concatenate([support, in_use])
-        c = c * total
         upper = jnp.concatenate([k, c.T], axis=1)
         lower = jnp.concatenate([c, jnp.zeros((held, held), y.dtype)], axis=1)
         matrix = jnp.where(live[:, None] & live[None, :], jnp.concatenate([upper, lower]), 0)
-        most = jnp.max(jnp.abs(matrix), axis=1)
-        scale = jnp.where(live & (most > 0), 1 / jnp.sqrt(jnp.where(most > 0, most, 1)), 1)
-        matrix = scale[:, None] * matrix * scale[None, :]
+        # Forces that change G by 1 or turn z by 1, and amplitudes of the size of all: no entry is far above 1 then.
+        reach = jnp.where(by_nodes, 1, jnp.max(jnp.where(in_use[:, None], c**2, 0), axis=0))
+        largest = jnp.maximum(jnp.diag(k), total * jnp.where(support & (reach > 0), reach, 1))
+        scale = jnp.concatenate([1 / jnp.sqrt(largest), jnp.full((held,), jnp.sqrt(total))])
         sign = jnp.concatenate([jnp.ones(n, y.dtype), -jnp.ones(held, y.dtype)])
-        damped = matrix + jnp.diag(jnp.where(live, _PROXIMAL, 1) * sign)
-        change = total * scale * solver_of_positive_definite(damped)(-scale * jnp.where(live, gaps, 0))
+        # Margins are rounded: along numbers that nothing fixes, that must not drive λ far.
+        loose = jnp.maximum(_PROXIMAL, _LOOSE * jnp.sum(jnp.abs(basis), axis=0))
+        loose = jnp.concatenate([loose, jnp.full((held,), _PROXIMAL, y.dtype)])
+        damped = scale[:, None] * matrix * scale[None, :] + jnp.diag(jnp.where(live, loose, 1) * sign)
+        change = scale * solver_of_positive_definite(damped)(-scale * jnp.where(live, gaps, 0))
         change = jnp.where(jnp.all(jnp.isfinite(change)), change, 0)
-        return lam + change[:n], amplitude + change[n:]
+        return lam + basis @ change[:n], amplitude + change[n:]
 
     def meet(g, t, free, amplitude, support):
         """`g` (2, held) with the least change, relative to amplitudes, that puts the margins of `support` at 1.
@@ -131,7 +143,9 @@ def polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, rounds) -> Solu
         round_, lam, amplitude, support, in_use, best = state
         lam, amplitude = jnp.where(support | (round_ == 0), lam, 0), jnp.where(in_use, amplitude, 0)
         steps = jnp.where(round_ == 0, 0, _STEPS)
-        lam, amplitude = jax.lax.fori_loop(0, steps, lambda _, s: step(s[0], s[1], support, in_use), (lam, amplitude))
+        # By values of G in turn with λ itself: each finds constraints that the other does not.
+        newton = ft.partial(step, support=support, in_use=in_use, by_nodes=round_ % 2 == 0)
+        lam, amplitude = jax.lax.fori_loop(0, steps, lambda _, s: newton(*s), (lam, amplitude))
         every_h, h, e, place = unit(lam)
         q = columns(e).T @ amplitude
         now = measured(lam, amplitude, support, every_h, e, place)
@@ -149,3 +163,32 @@ def polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, rounds) -> Solu
     start = (jnp.zeros((), int), lam, amplitude, support, in_use, nothing)
     *_, best = jax.lax.while_loop(lambda s: (s[-1].residual > CERTAIN) & (s[0] < rounds), correct, start)
     return best
+
+
+def nodes(x, support):
+    """Forces y λ of the points of `support` that change one number each: a basis (n, n), a column a number.
+
+    G(u) = Σ λ_i y_i max(0, u·x̃_i) is linear in (1, −ξ) between neighbouring points, so it is given by its values at the
+    rays (1, −x_i), and one at a ray (−1, x_i). These are of order 1 where λ is as large as one over the distance of
+    two points, and cancels. The last point, beyond which nothing is active at (1, −x_i), has the left-facing value.
+    """
+    index = jnp.arange(x.shape[0])
+    before = jax.lax.cummax(jnp.where(support, index, -1))
+    before = jnp.concatenate([jnp.full((1,), -1, before.dtype), before[:-1]])
+    after = jax.lax.cummin(jnp.where(support, index, x.shape[0]), reverse=True)
+    after = jnp.concatenate([after[1:], jnp.full((1,), x.shape[0], after.dtype)])
+    first, last = jnp.argmax(support), x.shape[0] - 1 - jnp.argmax(support[::-1])
+    length = x[last] - x[first]
+
+    def over(distance):
+        return jnp.where(distance > 0, 1 / jnp.where(distance > 0, distance, 1), 1)
+
+    left = over(x - x[jnp.maximum(before, 0)])
+    right = over(x[jnp.minimum(after, x.shape[0] - 1)] - x)
+    row = index[:, None]
+    own = jnp.where(index == first, over(length), -left) - right
+    hat = jnp.where(row == index[None], own[None], 0)
+    hat += jnp.where((row == before[None]) & (index != first)[None], left[None], 0)
+    hat += jnp.where(row == after[None], right[None], 0)
+    hat = jnp.where((index == last)[None], jnp.where(row == first, over(length), 0), hat)
+    return jnp.where(support[:, None] & support[None], hat * jnp.hypot(1, x)[None], 0)

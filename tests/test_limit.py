@@ -12,7 +12,7 @@ from oracles import best_value
 import gradflow as gf
 from gradflow.cones import Cones
 from gradflow.limit import Candidate, judged, uniqueness
-from gradflow.polish import ROUNDS, polish
+from gradflow.polish import ROUNDS, nodes, polish
 from gradflow.program import lower_bound, solve
 
 
@@ -258,10 +258,14 @@ def test_no_residual_hides_a_neuron_off_the_direction_that_multipliers_give_it()
     _, values, rows = np.linalg.svd(lengths)
     free = rows[np.sum(values > 1e-9) :]  # changes of λ that leave all |z| as they are
     change = np.where(support, free.T @ (free @ np.asarray(turns[1, 19])), 0)
-    change *= 1e-9 / (change @ turns[1, 19])
+    # Multipliers that are not unique may leave z a little beside the cell: from there to 1e-9 inside.
+    z19, second = z[1, :, 19], cones.second[:, 19]
+    size = 1e-9 + max(0.0, float(z19[0] * second[1] - z19[1] * second[0]))
+    assert size < 1e-5
+    change *= size / (change @ turns[1, 19])
     candidates = [solved.multipliers + sign * change for sign in (1, -1)]
     off = next(lam for lam in candidates if cones.place(cones.forces(lam * y))[1, 19] == 0)  # z is inside the cell
-    assert jnp.all(off[support] > 0) and abs(np.sum(change)) < 1e-12 and np.max(np.abs(change)) < 1e-8
+    assert jnp.all(off[support] > 0) and abs(np.sum(change)) < 1e-3 * size and np.max(np.abs(change)) < 10 * size
 
     start = cones, y, real, allowed, off, 1e-12 * jnp.mean(off), solved.lines, solved.lines
     for rounds in (1, ROUNDS):  # the first one only measures
@@ -304,3 +308,97 @@ def test_a_flat_piece_is_one_piece():
     for limit in flat:
         assert limit.check().regions == 4
         np.testing.assert_allclose(limit.knots[:3], [-0.2, 0.1, 37 / 55], atol=1e-9)
+
+
+# A flow whose limit has multipliers of 2,000 that cancel to 1: (−, +, +, +, +, +, −, +), the last three 0.001 apart.
+CLOSE = [
+    -0.839228919063586,
+    -0.19459265147201554,
+    0.10963711260812503,
+    0.35760291718829285,
+    0.8263226018618768,
+    0.879853951422328,
+    0.881157028552277,
+    0.8909243213779074,
+]
+CLOSE_W = [
+    -0.14685624197141411,
+    -0.3371802103380356,
+    -0.33164033755675093,
+    0.4414213197319418,
+    -0.2786205713930881,
+    -0.43762922382516506,
+    0.06792053344709748,
+    -0.06987773177256351,
+    -0.11214500694044016,
+    0.030241295475797077,
+    -0.4313320640184378,
+    0.14980172421401222,
+    0.21445629533754054,
+    0.16547979726438103,
+    0.08564438886339829,
+    -0.3840783118851678,
+]
+CLOSE_B = [
+    0.46332499434389485,
+    0.04212967637986848,
+    -0.13674139386289313,
+    -0.25836961725392893,
+    0.42023758941122996,
+    0.035448076280035386,
+    0.10762934538378736,
+    -0.0797122738264185,
+    0.4504414766918248,
+    -0.22732530488414954,
+    -0.5565982256778143,
+    -0.390075734533861,
+    0.1379003089713325,
+    -0.18610037799689505,
+    0.12528628623579752,
+    -0.30406797965287446,
+]
+CLOSE_V = [
+    -0.48604197986360886,
+    0.3398020068738181,
+    0.35872485596947773,
+    0.5114759433578777,
+    0.5042113191486011,
+    0.43906252818678526,
+    -0.1272685147688967,
+    -0.10600445271900732,
+    0.4641917992661903,
+    0.2293279969666286,
+    0.7041654168432988,
+    -0.41785121185611296,
+    0.25496666022107944,
+    0.24903195375944803,
+    0.15176170420281648,
+    -0.48987088698017267,
+]
+
+
+def test_a_limit_with_large_multipliers_is_certified():
+    """In λ the program's last equations were nearly singular: two knots 2e-5 apart for one, and a residual of 1e-8."""
+    data = gf.Dataset(np.array(CLOSE), np.array([-1, 1, 1, 1, 1, 1, -1, 1]))
+    limit = gf.integrate(gf.ReluNetwork(CLOSE_W, CLOSE_B, CLOSE_V), data).limit.check()
+    assert limit.regions == 3 and limit.residual <= 1e-11
+    assert exact_residual(jax.tree.map(np.asarray, limit.network), data.x, data.y, limit.multipliers) <= 1e-11
+    best = gf.max_margin(data)
+    assert float(limit.value) == pytest.approx(float(best.value), rel=1e-11)
+    np.testing.assert_allclose(limit.knots, best.knots, atol=1e-9)
+
+
+def test_values_at_rays_are_a_basis_of_forces():
+    """Each changes one value of G and leaves the others, as λ alone does not."""
+    x = jnp.array([-1.5, -0.2, 0.1, 0.1 + 1e-6, 2.0])
+    support = jnp.array([True, True, False, True, True])
+    forces = nodes(x, support)
+    for column, change in enumerate(np.asarray(forces).T):
+        right = np.maximum(x[None, :] - x[:, None], 0) @ change / np.hypot(1, x)
+        left = np.maximum(x[:, None] - x[None, :], 0) @ change / np.hypot(1, x)
+        found = np.where(np.arange(5) == 4, left, right)[np.asarray(support)]
+        wanted = (np.arange(5) == column).astype(float)[np.asarray(support)]
+        np.testing.assert_allclose(found, wanted if support[column] else 0, atol=1e-8)
+    assert np.linalg.matrix_rank(forces) == 4
+    alone = nodes(x, jnp.arange(5) == 2)
+    assert jnp.count_nonzero(alone) == 1 and alone[2, 2] == jnp.hypot(1, 0.1)
