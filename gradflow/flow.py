@@ -137,15 +137,14 @@ def integrate(
 def _with_tolerances(solver: diffrax.AbstractSolver, net: ReluNetwork, rtol, atol) -> diffrax.AbstractSolver:
     """`solver`, whose root finder, if it has one that waits for the tolerances of the integration, gets them.
 
-    It knows no neurons: what is absolute for it is relative to the largest.
+    It knows no neurons: what is absolute for it is relative to the largest. Tolerances have no derivative.
     """
     finder = getattr(solver, "root_finder", None)
     if finder is None or isinstance(finder.rtol, int | float | jax.Array):
         return solver
+    tolerances = jax.lax.stop_gradient((rtol, atol + rtol * jnp.max(net.sizes)))
     return eqx.tree_at(
-        lambda s: (s.root_finder.rtol, s.root_finder.atol, s.root_finder.norm),
-        solver,
-        (rtol, atol + rtol * jnp.max(net.sizes), _max_norm),
+        lambda s: (s.root_finder.rtol, s.root_finder.atol, s.root_finder.norm), solver, (*tolerances, _max_norm)
     )
 
 
