@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.network import ReluNetwork, is_concrete
+from gradflow.network import ReluNetwork, is_concrete, is_whole
 
 
 class Dataset(eqx.Module):
@@ -57,7 +57,7 @@ class Dataset(eqx.Module):
         """
         if self.count is not None:
             raise ValueError("these data are padded already")
-        if is_concrete(count) and (int(count) != count or not 1 <= count <= self.x.shape[0]):
+        if not is_whole(count, 1, self.x.shape[0]):
             raise ValueError(f"count must be a whole number from 1 to {self.x.shape[0]}, got {count}")
         real = jnp.arange(self.x.shape[0]) < count
         x, y = jnp.where(real, self.x, self.x[0]), jnp.where(real, self.y, self.y[0])

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gradflow.data import Dataset
 from gradflow.loss import Exponential, Loss
-from gradflow.network import ReluNetwork, is_concrete
+from gradflow.network import ReluNetwork, is_concrete, is_whole
 from gradflow.outcome import Path
 
 OBJECTIVES = ("loss", "log_loss")
@@ -105,7 +105,7 @@ def descend(
         raise ValueError(f"batch must be a number of points from 1 to {data.x.shape[0]}, got {batch}")
     if save is not None and (save != int(save) or save < 2 or save % 2):
         raise ValueError(f"save must be an even number of snapshots, at least 2, got {save}")
-    if is_concrete(steps) and (int(steps) != steps or not 0 <= steps < 2**31):
+    if not is_whole(steps, 0, 2**31 - 1):
         raise ValueError(f"steps must be a whole number, not negative, got {steps}")
     if data.x.dtype != net.w.dtype:
         raise ValueError(f"the network is {net.w.dtype} and the data {data.x.dtype}: convert one of them")

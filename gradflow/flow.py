@@ -43,7 +43,7 @@ from gradflow.data import Dataset
 from gradflow.hybrid import FLOAT32_LOG_LOSS
 from gradflow.limit import Limit, LimitStatus, on_data
 from gradflow.loss import Exponential, Loss
-from gradflow.network import ReluNetwork, is_concrete
+from gradflow.network import ReluNetwork, is_concrete, is_whole
 from gradflow.outcome import Flow, Until
 from gradflow.sensitivity import check_solver, differentiated
 from gradflow.undefined import undefined
@@ -117,7 +117,7 @@ def integrate(
         if is_concrete(value) and not np.asarray(value) < 1:
             raise ValueError(f"{name} must be below 1, got {value}: nothing would be left of the flow")
     if is_concrete(max_steps):
-        if max_steps != int(max_steps):
+        if not is_whole(max_steps, 1):
             raise ValueError(f"max_steps must be a whole number, got {max_steps}")
         max_steps = min(int(max_steps), 2**31 - 1)
     if save is not None and (save != int(save) or save < 2 or save % 2):

@@ -25,6 +25,17 @@ def is_concrete(*arrays) -> bool:
     return not any(isinstance(array, Tracer) for array in arrays)
 
 
+def is_whole(number, least: int, most: int | float = np.inf) -> bool:
+    """Whether a concrete `number` is a whole one from `least` to `most`; a tracer always passes.
+
+    By NumPy: inside a trace JAX would make a tracer of the comparison.
+    """
+    if not is_concrete(number):
+        return True
+    value = np.asarray(number)
+    return bool(value.ndim == 0 and np.isfinite(value) and int(value) == value and least <= value <= most)
+
+
 class ReluNetwork(eqx.Module):
     """x ↦ Σ_j v_j max(0, w_j x + b_j) with k hidden neurons.
 
@@ -132,7 +143,7 @@ class ReluNetwork(eqx.Module):
         """
         if scheme not in SCHEMES:
             raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(map(repr, SCHEMES))}")
-        if is_concrete(width) and (int(width) != width or not 1 <= width <= (width if slots is None else slots)):
+        if not is_whole(width, 1, np.inf if slots is None else slots):
             raise ValueError(
                 f"width must be a whole number of at least 1{f' and at most {slots}' if slots else ''}, got {width}"
             )

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow.data import Dataset
 from gradflow.distribution import Distribution, Uniform
-from gradflow.network import ReluNetwork, is_concrete
+from gradflow.network import ReluNetwork, is_concrete, is_whole
 from gradflow.piecewise import Piecewise
 
 _ATTEMPTS = 1000  # rejection sampling inside jit must end; at one acceptance in 50 this fails once in 6e8
@@ -103,7 +103,7 @@ class Teacher(eqx.Module):
         >>> bool((teacher(data.x) == data.y).all())
         True
         """
-        if is_concrete(samples) and (int(samples) != samples or not 1 <= samples <= (slots or samples)):
+        if not is_whole(samples, 1, slots or np.inf):
             raise ValueError(
                 f"samples must be a whole number of at least 1{f' and at most {slots}' if slots else ''}, got {samples}"
             )

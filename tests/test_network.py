@@ -207,3 +207,14 @@ def test_padding_adds_zero_neurons_and_changes_no_other(scheme):
         assert not a[5:].any() and a.shape == (9,)
     with pytest.raises(ValueError, match="at most 9"):
         gf.ReluNetwork.random(jax.random.key(2), 10, slots=9)
+
+
+def test_concrete_numbers_are_checked_inside_a_trace():
+    def drawn(width, scheme):
+        return lambda: gf.ReluNetwork.random(jr.key(0), width, scheme)
+
+    net = jax.lax.switch(1, [drawn(jnp.asarray(3), scheme) for scheme in ("he", "sphere")])
+    assert jnp.allclose(net.v**2, 1)
+    for width in (0, 2.5, jnp.nan, jnp.inf):
+        with pytest.raises(ValueError, match="whole number"):
+            jax.jit(drawn(jnp.asarray(width), "he"))()
