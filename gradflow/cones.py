@@ -84,6 +84,10 @@ class Cones(eqx.Module):
         best = jnp.where(along[0] >= along[1], 1, 2)
         return jnp.where(inside, 0, jnp.where(jnp.max(along, axis=0) > 0, best, 3))
 
+    def depth(self, z: Float[Array, "2 2 cells"]) -> Float[Array, "2 cells"]:
+        """How far z is inside its cone: its distance from the nearer of both rays, negative outside."""
+        return jnp.minimum(-_cross(self.first[None], z), -_cross(z, self.second[None]))
+
     def project(self, z: Float[Array, "2 2 cells"], place) -> Float[Array, "2 2 cells"]:
         t = jnp.where((place == 1)[:, None], self.first[None], self.second[None])
         on_ray = jnp.sum(z * t, axis=1, keepdims=True) * t
@@ -96,6 +100,16 @@ class Cones(eqx.Module):
     def gram(self, b: Float[Array, "3 cells"]) -> Float[Array, "n n"]:
         """Σ_c [i, l ∈ c] x̃_iᵀ B_c x̃_l."""
         return self.sites.gram(b[jnp.array([0, 1, 1, 2])], slice(None))
+
+
+def spaced(x: Float[Array, " n"], real: Bool[Array, " n"]) -> Float[Array, " n"]:
+    """Ascending points of which those that are not `real` come last, equally spaced beyond the others.
+
+    Where two points coincide lies a cell of no width, and no neuron would find its way through it.
+    """
+    first, last = x[0], jnp.max(jnp.where(real, x, -jnp.inf))
+    length = jnp.where(last > first, last - first, 1)
+    return jnp.where(real, x, last + length * jnp.cumsum(~real).astype(x.dtype))
 
 
 def _cross(a, b):

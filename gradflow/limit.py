@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.certificate import CERTIFIED, kkt_residual
 from gradflow.clarke import Points, active_cell, find_cell, inactive_cell
-from gradflow.cones import Cones, Solution, neurons_held
+from gradflow.cones import Cones, Solution, neurons_held, spaced
 from gradflow.data import Dataset
 from gradflow.implicit import moved
 from gradflow.length import length
@@ -46,6 +46,7 @@ _AGREE = 1e-8  # relative difference of the two values
 _SIZES = (24, 64)  # how many points may be support vectors: first, and if need be
 _EXCHANGES = 4  # of points without multipliers for violated ones
 _SAME = 1e-7  # relative, up to which values of neurons count as linearly dependent
+_TURN = 1e-12  # angle between z and a ray that is rounding
 _ROUNDS = 40  # of the program with more and more cells
 _RESOLUTION = 1e-10  # relative error of a breakpoint, over the length of the data
 
@@ -294,11 +295,10 @@ def _candidate(net: ReluNetwork, sliding, data: Dataset, points: Points, size: i
         """Solve on `size` points, and say which to take next: those with multipliers, then the most violated."""
         round_, rank, *_ = state
         chosen = jnp.sort(jnp.argsort(rank)[:size])
-        # One more point, right of all and without weight: the cones need two.
-        x = jnp.append(points.x[chosen], 2 * points.x[chosen[-1]] - points.x[chosen[0]] + 1)
-        solution = _settle(
-            x, jnp.append(points.y[chosen], 1.0), jnp.append(real[chosen], False), net, sliding, goes_on(state)
-        )
+        # One more point, without weight: the cones need two.
+        y, some = jnp.append(points.y[chosen], 1.0), jnp.append(real[chosen], False)
+        x = spaced(jnp.append(points.x[chosen], 0.0), some)
+        solution = _settle(x, y, some, net, sliding, goes_on(state))
         found = solution.network(x)
         margins = jnp.where(real, points.y * found(points.x), jnp.inf)
         shares = jnp.zeros_like(points.x).at[chosen].set(jnp.where(real[chosen], solution.multipliers[:-1], 0))
@@ -329,8 +329,12 @@ def _settle(x, y, real, net: ReluNetwork, sliding, wanted) -> Solution:
         solution = solve(x, y, real, allowed, goes_on(state))
         z = cones.forces(solution.multipliers * y)
         new = spread(cones, allowed, z)
-        # Cells that would grow no neuron leave the solution as it is.
-        gains = jnp.sum(cones.project(z, cones.place(z)) ** 2, axis=1) > (1 + CERTAIN) ** 2
+        # Cells that would grow no neuron leave the solution as it is. One that has grown and turns on by an angle δ gains
+        # δ²/2, which may be below rounding.
+        place = cones.place(z)
+        size = jnp.sqrt(jnp.sum(cones.project(z, place) ** 2, axis=1))
+        turns = (place == 0) & (cones.depth(z) > _TURN * size)
+        gains = (size > 1 + CERTAIN) | (turns & (size > 1 - CERTAIN))
         return round_ + 1, new, jnp.any(new & ~allowed & gains), solution
 
     empty = Solution(jnp.zeros_like(x), jnp.zeros((2, 2, 2 * x.shape[0]), x.dtype), jnp.zeros((), x.dtype))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow.clarke import Points
 from gradflow.closed_form import Solved, chosen, closed_form, count_switches
-from gradflow.cones import neurons_held
+from gradflow.cones import neurons_held, spaced
 from gradflow.data import Dataset
 from gradflow.implicit import lasts, moved
 from gradflow.network import ReluNetwork, is_concrete
@@ -189,9 +189,9 @@ def _on_some(points: Points, real: Bool[Array, " n"], size: int, wanted):
     def exchange(state):
         round_, priority, *_ = state
         chosen = jnp.sort(jax.lax.top_k(jnp.where(real, priority, -1), size)[1])
-        # One more point, right of all and without weight: the cones need two.
-        xs = jnp.append(x[chosen], 2 * x[chosen[-1]] - x[chosen[0]] + 1)
+        # One more point, without weight: the cones need two.
         ys, some = jnp.append(y[chosen], 1.0), jnp.append(real[chosen], False)
+        xs = spaced(jnp.append(x[chosen], 0.0), some)
         solution = solve(xs, ys, some, allowed, goes_on(state))
         net = solution.network(xs)
         q = jnp.where(real, y * net(x), jnp.inf)
