@@ -1,14 +1,15 @@
 """What becomes of flows from every kind of initialisation and data: a table of laws × outcomes.
 
 Every flow draws one of each factor: inputs, labels, initialisation scheme, scale of the weights, number of points and
-neurons; `key_of(seed, number)` is all that it depends on. A certified limit is checked once more, from its weights and
-multipliers alone, in extended precision. Pieces are kept in a folder, and a run goes on where it stopped.
+neurons; `key_of(seed, size, loss, number)` is all that it depends on. A certified limit is checked once more, from its
+weights and multipliers alone, in extended precision. Pieces are kept in a folder, and a run goes on where it stopped.
 
     python benchmarks/families.py --flows 100000     # hours; may be stopped and started again
     python benchmarks/families.py --finer            # the first tenth again with rtol 1e-9: the same answers?
     python benchmarks/families.py --quick            # 32 flows, for CI
 
-HEADER
+Not yet run to its end. 1,351 flows of an earlier version (commit c3014b0, at most 6,000 attempts, November 2026): 470
+certified, 862 stalled, 19 unresolved (1.4 %), no certificate rejected, largest residual 3.5e-12.
 """
 
 import argparse
@@ -189,8 +190,9 @@ def trial(size, loss, key, setting):
     return scalars | picks, (limit.network, limit.multipliers, data)
 
 
-def key_of(seed, number):
-    return jr.fold_in(jr.key(seed), number)
+def key_of(seed, size, loss, number):
+    kind = len(LOSSES) * list(SIZES).index(size) + list(LOSSES).index(loss)
+    return jr.fold_in(jr.fold_in(jr.key(seed), kind), number)
 
 
 @functools.cache
@@ -204,7 +206,7 @@ def run(size, loss, seed, numbers, batch, rtol, max_steps):
     for start in range(0, len(numbers), batch):
         some = numbers[start : start + batch]
         padded = np.concatenate([some, np.repeat(some[-1:], batch - len(some))])
-        keys = jax.vmap(functools.partial(key_of, seed))(jnp.asarray(padded))
+        keys = jax.vmap(functools.partial(key_of, seed, size, loss))(jnp.asarray(padded))
         scalars, checks = program(size, loss)(keys, (jnp.asarray(rtol), jnp.asarray(max_steps)))
         scalars, checks = jax.tree.map(np.asarray, (scalars, eqx.filter(checks, eqx.is_array)))
         rows = [jax.tree.map(operator.itemgetter(row), checks) for row in range(len(some))]

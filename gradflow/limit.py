@@ -329,8 +329,8 @@ def _settle(x, y, real, net: ReluNetwork, sliding, wanted) -> Solution:
         solution = solve(x, y, real, allowed, goes_on(state))
         z = cones.forces(solution.multipliers * y)
         new = spread(cones, allowed, z)
-        # Cells that would grow no neuron leave the solution as it is. One that has grown and turns on by an angle δ gains
-        # δ²/2, which may be below rounding.
+        # Cells that would grow no neuron leave the solution as it is. One that has grown and turns on by an angle δ
+        # gains δ²/2, which may be below rounding.
         place = cones.place(z)
         size = jnp.sqrt(jnp.sum(cones.project(z, place) ** 2, axis=1))
         turns = (place == 0) & (cones.depth(z) > _TURN * size)

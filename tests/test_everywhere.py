@@ -128,3 +128,19 @@ def test_years_get_advice_with_the_numbers_to_type():
     assert flow.status == gf.Status.stalled and "gradflow.Dataset((x - 2005) / 15, y)" in str(flow)
     with pytest.raises(RuntimeError, match=r"\(x - 2005\) / 15"):
         flow.check()
+
+
+def test_padding_keeps_no_neuron_from_its_limit():
+    """A left-facing neuron turns away from all points; cells without width lay between padded points, in its way."""
+    x = [-0.7710576190171974, -0.471672522459026, -0.3879115966028008, -0.2979721156638777, 0.01710363527726022]
+    x += [0.02898982262185923, 0.3929200528720731, 0.5496675592745124, 0.64610477794771, 0.739138002303191]
+    y = [1, 1, -1, -1, 1, 1, 1, 1, 1, 1]
+    w = [14.812277017779818, 8.22098781498865, -1.1004362984509701, -2.20142717096072, -10.086679623557192]
+    b = [-5.429725930621471, 3.0864353187827525, -16.4849969148064, 5.546734410198811, -2.177208900907101]
+    v = [-21.022662820424273, -11.739632747041975, -24.419017878219872, -1.8269700009936254, -10.496281130120638]
+    net = gf.ReluNetwork([*w, -7.55867876825142], [*b, 3.516725558636486], [*v, 4.63465952916812])
+    padded = gf.Dataset([*x, x[0], x[0]], [*y, 1, 1]).padded(10)
+    for data in (gf.Dataset(x, y), padded):
+        flow = gf.integrate(net, data)
+        assert flow.status == gf.Status.certified
+        np.testing.assert_allclose(flow.limit.value, 33.19196524, rtol=1e-9)
