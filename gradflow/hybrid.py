@@ -287,6 +287,8 @@ class Problem(eqx.Module):
         stalled = ~separated & (still | (weights.log_factor >= long))
         # To an event it may be less: that is decided there. At the start, too, where only the clock moves.
         tiny = state.blocked & (state.step * pace * jnp.max(self.points.norm) <= 0.1 * eps)
+        # p may be 0 and 1 by rounding just then, which does not show how coarse margins are.
+        coarse |= tiny & ~separated & (8 * eps * fastest**2 > 1)
         status = Status.running
         for condition, outcome in (
             (state.accepted + state.rejected >= self.max_steps, Status.step_limit),
