@@ -8,12 +8,13 @@ one, u ∝ g, costs ½(‖u‖² + v²) = ‖g‖, and neurons of one cell and s
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gradflow.clarke import cell_range
+from gradflow.length import length
 from gradflow.network import ReluNetwork
-from gradflow.sites import Sites
 
+_TURN = 1e-12  # angle between z and a ray that is rounding
 _NOTHING = 1e-13  # a neuron's share of ½‖θ‖² that is rounding
 _UPRIGHT = 1e-10  # change of a neuron along the data, relative to itself, that is rounding: 1e-14 was seen
 
@@ -51,19 +52,59 @@ class Solution(eqx.Module):
 
 
 class Cones(eqx.Module):
-    """The 2n cells of n ≥ 2 sorted points as cones between unit rays `first` and `second`, (2, 2n) each."""
+    """The 2n cells of n ≥ 2 sorted points as cones between unit rays t₁ and t₂: ray c is the second of cell c, and the
+    first of cell `after[c]` (n, the dead one, for none); the first of cell c is ray `before[c]`. Points from `count` on
+    are padding, and have no rays and cells, but that there are two points at least; `exists` tells which cells there
+    are.
+
+    Forces λ_i y_i act by their values G = z·t on rays, `values` (2n, n) times them: sums of λ_i y_i (x_i − x_j), which
+    lose no digits to an origin that is far from all points. How far z is from the rays of its cell, into the cell, is
+    `from_first` and `from_second` (2n, n) times them. `cos`, `sin` and `theta` are of the angle from t₁ to t₂, and
+    `half` the cosine and the sine of half of it.
+    """
 
     x: Float[Array, " n"]
-    first: Float[Array, "2 cells"]
-    second: Float[Array, "2 cells"]
-    sites: Sites
+    rays: Float[Array, "2 cells"]
+    values: Float[Array, "cells n"]
+    from_first: Float[Array, "cells n"]
+    from_second: Float[Array, "cells n"]
+    cos: Float[Array, "1 cells"]
+    sin: Float[Array, "1 cells"]
+    theta: Float[Array, "1 cells"]
+    half: Float[Array, "2 1 cells"]
+    before: Int[Array, " cells"]
+    after: Int[Array, " cells"]
+    exists: Bool[Array, "1 cells"]
 
-    def __init__(self, x: Float[Array, " n"]):
+    def __init__(self, x: Float[Array, " n"], count: Int[Array, ""] | None = None):
         n = x.shape[0]
-        ray = jnp.stack([jnp.ones_like(x), -x]) / jnp.hypot(1, x)[None]
-        self.x, self.second = x, jnp.concatenate([ray, -ray], axis=1)
-        self.first = jnp.roll(self.second, 1, axis=1)
-        self.sites = Sites(x, *cell_range(jnp.arange(2 * n), n)).ready()
+        count = jnp.asarray(n) if count is None else jnp.maximum(count, 2)
+        index = jnp.arange(2 * n)
+        self.exists = ((index < count) | ((index > n) & (index < n + count)))[None]
+        self.before = jnp.where(index == 0, n + count, index) - 1
+        self.after = jnp.where(index % n < count - 1, index + 1, jnp.where(index == n + count - 1, 0, n))
+        self.x, size = x, jnp.hypot(1, x)
+        ray = jnp.stack([jnp.ones_like(x), -x]) / size[None]
+        self.rays = jnp.concatenate([ray, -ray], axis=1)
+        apart = (x[None, :] - x[:, None]) / size[:, None]
+        self.values = jnp.maximum(jnp.concatenate([apart, -apart]), 0)
+        # A quarter turn from a ray, clockwise as cells follow each other, to the active points of its cells.
+        turned = jnp.stack([self.rays[1], -self.rays[0]])
+        active = self.active(index).astype(x.dtype)
+        beside = turned[0][:, None] * x[None, :] + turned[1][:, None]
+        self.from_first, self.from_second = beside[self.before] * active, -beside * active
+        # Between neighbours, and from the last ray of one side to the first of the other.
+        last = x[count - 1]
+        gap = jnp.concatenate([(last - x[0])[None], jnp.diff(x)])
+        inner = jnp.concatenate([-(1 + x[0] * last)[None], 1 + x[1:] * x[:-1]])
+        sizes = jnp.concatenate([size, size])
+        between = sizes * sizes[self.before]
+        self.sin, self.cos = (jnp.tile(part, 2)[None] / between[None] for part in (gap, inner))
+        self.theta = jnp.arctan2(self.sin, self.cos)
+        # Of half the angle; the smaller of both would have lost its digits as a root.
+        larger = jnp.sqrt(0.5 * (1 + jnp.abs(self.cos)))
+        smaller, acute = self.sin / (2 * larger), self.cos > 0
+        self.half = jnp.stack([jnp.where(acute, larger, smaller), jnp.where(acute, smaller, larger)])
 
     def active(self, cell: Int[Array, " m"]) -> Bool[Array, "m n"]:
         """Which points are active in each of some cells."""
@@ -71,35 +112,47 @@ class Cones(eqx.Module):
         index = jnp.arange(self.x.shape[0], dtype=cell.dtype)
         return (index[None] >= low[:, None]) & (index[None] < high[:, None])
 
-    def forces(self, force: Float[Array, " n"]) -> Float[Array, "2 2 cells"]:
-        """s Σ_{i ∈ c} force_i x̃_i."""
-        z = self.sites.pull(force)
-        return jnp.stack([z, -z])
+    def first(self, of_rays: Shaped[Array, "... cells"]) -> Shaped[Array, "... cells"]:
+        """For each cell what its first ray has, 0 for cells that do not exist."""
+        taken = jnp.take(of_rays, self.before, axis=-1)
+        return jnp.where(jnp.broadcast_to(self.exists[0], taken.shape), taken, jnp.zeros_like(taken))
 
-    def place(self, z: Float[Array, "2 2 cells"]):
-        """0 where z lies in its cone, 1 or 2 where the projection is on the first or second ray, 3 where it is 0."""
-        along = jnp.stack([jnp.sum(z * t[None], axis=1) for t in (self.first, self.second)])
-        # Cells follow each other clockwise.
-        inside = (_cross(self.first[None], z) <= 0) & (_cross(z, self.second[None]) <= 0)
-        best = jnp.where(along[0] >= along[1], 1, 2)
-        return jnp.where(inside, 0, jnp.where(jnp.max(along, axis=0) > 0, best, 3))
+    def as_first(self, of_cells: Shaped[Array, "... cells"]) -> Shaped[Array, "... cells"]:
+        """For each ray what the cell has of which it is the first, 0 if there is none."""
+        exists = jnp.broadcast_to(self.exists[0], of_cells.shape)
+        return jnp.take(jnp.where(exists, of_cells, jnp.zeros_like(of_cells)), self.after, axis=-1)
 
-    def depth(self, z: Float[Array, "2 2 cells"]) -> Float[Array, "2 cells"]:
-        """How far z is inside its cone: its distance from the nearer of both rays, negative outside."""
-        return jnp.minimum(-_cross(self.first[None], z), -_cross(z, self.second[None]))
+    def on_rays(self, force: Float[Array, " n"]) -> Float[Array, "2 cells"]:
+        """s G, by sign and ray."""
+        value = self.values @ force
+        return jnp.stack([value, -value])
 
-    def project(self, z: Float[Array, "2 2 cells"], place) -> Float[Array, "2 2 cells"]:
-        t = jnp.where((place == 1)[:, None], self.first[None], self.second[None])
-        on_ray = jnp.sum(z * t, axis=1, keepdims=True) * t
-        place = place[:, None]
-        return jnp.where(place == 0, z, jnp.where(place == 3, 0, on_ray))
+    def across(self, force: Float[Array, " n"]) -> tuple[Float[Array, "2 cells"], Float[Array, "2 cells"]]:
+        """How far s z is from both rays, into the cell."""
+        first, second = self.from_first @ force, self.from_second @ force
+        return jnp.stack([first, -first]), jnp.stack([second, -second])
 
-    def margins(self, lines: Float[Array, "2 2 cells"], y) -> Float[Array, " n"]:
-        return y * self.sites.lines(lines[0] - lines[1])
+    def sizes(self, force: Float[Array, " n"]) -> Float[Array, "2 cells"]:
+        """h_c(s z)."""
+        second = self.on_rays(force)
+        first = self.first(second)
+        from_first, from_second = self.across(force)
+        inside = (from_first >= 0) & (from_second >= 0)
+        return jnp.where(inside, length(first, from_first), jnp.maximum(jnp.maximum(first, second), 0))
 
-    def gram(self, b: Float[Array, "3 cells"]) -> Float[Array, "n n"]:
-        """Σ_c [i, l ∈ c] x̃_iᵀ B_c x̃_l."""
-        return self.sites.gram(b[jnp.array([0, 1, 1, 2])], slice(None))
+    def angles(self, force: Float[Array, " n"]) -> tuple[Float[Array, "2 cells"], Bool[Array, "2 cells"]]:
+        """The angle from t₁ to s z, and whether that is inside the cell by more than rounding."""
+        first = self.first(self.on_rays(force))
+        from_first, from_second = self.across(force)
+        noise = 8 * jnp.finfo(force.dtype).eps * (jnp.abs(self.from_first) @ jnp.abs(force))
+        least = _TURN * length(first, from_first) + noise[None]
+        return jnp.arctan2(from_first, first), (from_first > least) & (from_second > least)
+
+    def unit(self, angle: Float[Array, "2 cells"]) -> Float[Array, "2 2 cells"]:
+        """Unit vectors at an angle from t₁, by sign, coordinate and cell."""
+        first = self.first(self.rays)
+        turned = jnp.stack([first[1], -first[0]])
+        return jnp.cos(angle)[:, None] * first[None] + jnp.sin(angle)[:, None] * turned[None]
 
 
 def spaced(x: Float[Array, " n"], real: Bool[Array, " n"]) -> Float[Array, " n"]:
@@ -108,10 +161,5 @@ def spaced(x: Float[Array, " n"], real: Bool[Array, " n"]) -> Float[Array, " n"]
     Where two points coincide lies a cell of no width, and no neuron would find its way through it.
     """
     first, last = x[0], jnp.max(jnp.where(real, x, -jnp.inf))
-    length = jnp.where(last > first, last - first, 1)
-    return jnp.where(real, x, last + length * jnp.cumsum(~real).astype(x.dtype))
-
-
-def _cross(a, b):
-    """Signed area, over the axis of coordinates of (2, 2, m)."""
-    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
+    step = jnp.where(last > first, last - first, jnp.hypot(1, first))
+    return jnp.where(real, x, last + step * jnp.cumsum(~real).astype(x.dtype))

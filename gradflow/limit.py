@@ -46,7 +46,6 @@ _AGREE = 1e-8  # relative difference of the two values
 _SIZES = (24, 64)  # how many points may be support vectors: first, and if need be
 _EXCHANGES = 4  # of points without multipliers for violated ones
 _SAME = 1e-7  # relative, up to which values of neurons count as linearly dependent
-_TURN = 1e-12  # angle between z and a ray that is rounding
 _ROUNDS = 40  # of the program with more and more cells
 _RESOLUTION = 1e-10  # relative error of a breakpoint, over the length of the data
 
@@ -319,7 +318,7 @@ def _candidate(net: ReluNetwork, sliding, data: Dataset, points: Points, size: i
 
 def _settle(x, y, real, net: ReluNetwork, sliding, wanted) -> Solution:
     """The program on ascending points, with the cells of the state's neurons and all that they go on to."""
-    cones = Cones(x)
+    cones = Cones(x, jnp.sum(real))
 
     def goes_on(state):
         return state[2] & (state[0] < _ROUNDS)
@@ -327,18 +326,20 @@ def _settle(x, y, real, net: ReluNetwork, sliding, wanted) -> Solution:
     def more(state):
         round_, allowed, *_ = state
         solution = solve(x, y, real, allowed, goes_on(state))
-        z = cones.forces(solution.multipliers * y)
-        new = spread(cones, allowed, z)
+        force = solution.multipliers * y
+        new = spread(cones, allowed, force)
         # Cells that would grow no neuron leave the solution as it is. One that has grown and turns on by an angle δ
         # gains δ²/2, which may be below rounding.
-        place = cones.place(z)
-        size = jnp.sqrt(jnp.sum(cones.project(z, place) ** 2, axis=1))
-        turns = (place == 0) & (cones.depth(z) > _TURN * size)
+        size, turns = cones.sizes(force), cones.angles(force)[1]
         gains = (size > 1 + CERTAIN) | (turns & (size > 1 - CERTAIN))
         return round_ + 1, new, jnp.any(new & ~allowed & gains), solution
 
     empty = Solution(jnp.zeros_like(x), jnp.zeros((2, 2, 2 * x.shape[0]), x.dtype), jnp.zeros((), x.dtype))
-    start = (jnp.zeros((), int), cells_of(net, sliding, x), wanted, empty)
+    # Among padding a left-facing neuron is where all real points are active.
+    held, index = cells_of(net, sliding, x), jnp.arange(2 * x.shape[0])
+    beyond = jnp.any(held & (index > x.shape[0])[None] & ~cones.exists, axis=1)
+    held = (held & cones.exists).at[:, 0].max(beyond)
+    start = (jnp.zeros((), int), held, wanted, empty)
     *_, solution = jax.lax.while_loop(goes_on, more, start)
     return solution
 
@@ -357,15 +358,16 @@ def cells_of(net: ReluNetwork, sliding: Float[Array, " k"], x: Float[Array, " n"
     return held.at[:, n].set(False)
 
 
-def spread(cones: Cones, allowed: Bool[Array, "2 cells"], z: Float[Array, "2 2 cells"]) -> Bool[Array, "2 cells"]:
-    """`allowed` and all cells that its neurons go on to under the forces `z`, through the ray nearer to z."""
-    n = cones.x.shape[0]
-    along = jnp.stack([jnp.sum(z * t[None], axis=1) for t in (cones.first, cones.second)])
-    leaves = (cones.place(z) != 0) & (jnp.sum(z**2, axis=1) > 0)
-    back, forth = leaves & (along[0] >= along[1]), leaves & (along[0] < along[1])
+def spread(cones: Cones, allowed: Bool[Array, "2 cells"], force: Float[Array, " n"]) -> Bool[Array, "2 cells"]:
+    """`allowed` and all cells that its neurons go on to under forces λ y, through the ray nearer to z."""
+    n, second = cones.x.shape[0], cones.on_rays(force)
+    first = cones.first(second)
+    from_first, from_second = cones.across(force)
+    leaves = ~((from_first >= 0) & (from_second >= 0))
+    back, forth = leaves & (first >= second), leaves & (first < second)
 
     def go(_, held):
-        held = held | jnp.roll(held & back, -1, axis=1) | jnp.roll(held & forth, 1, axis=1)
-        return held.at[:, n].set(False)
+        held = held | cones.as_first(held & back) | cones.first(held & forth)
+        return held.at[:, n].set(False) & cones.exists
 
     return jax.lax.fori_loop(0, 2 * n, go, allowed)

@@ -1,14 +1,23 @@
 """Newton's method on the constraints of the program for a limit (`program.py`) that are active at its optimum.
 
-Where two points of the support are close, λ is as large as one over their distance, and cancels; nearly singular in λ,
-the equations are not in values of G (`nodes`), in which they are solved.
+A neuron is on a ray t, where s z·t = 1, or inside a cell along a unit vector e, where s z = e. Its line is r e. With λ,
+r and the angle of each e as unknowns the equations are
+
+    q_i = Σ_k r_k C_ik = 1,    Σ_i λ_i C_ik = 1,    Σ_i λ_i C′_ik = 0,    C_ik = y_i s_k e_k·x̃_i on active points,
+
+and C′ the derivative of C by the angle. The last, one an angle, are eliminated. That e is an unknown of its own matters
+where two points are close: λ is as large as one over their distance, and cancels, so that z has lost digits that N must
+have. Nearly singular in λ, the equations are not in values of G (`nodes`), in which they are solved in turn.
 """
 
 import functools as ft
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
+from gradflow.barrier import Path
 from gradflow.clarke import solver_of_positive_definite
 from gradflow.cones import Cones, Solution, neurons_held
 
@@ -18,149 +27,198 @@ _STEPS = 8  # for one set of active constraints
 _ACTIVE = 30.0
 _PROXIMAL = 1e-7
 _LOOSE = 1e-10  # rounding of margins over what it may change a value of G by
-_RIDGE = 1e-13
-_ROUNDING = 1e-9  # of the amplitudes, up to which lines may be changed to make up for rounding
 
 
-def polish(cones: Cones, y, real, allowed, lam, mu, lines, kept, rounds) -> Solution:
-    """Newton's method on h_c = 1 and q_i = 1 of the constraints that are active at the end of the barrier.
-
-    Amplitudes start as they were in `kept`: 2μ/(1 − h²) has lost its digits by the end, and those that are not unique
-    would go astray.
+class Neurons(eqx.Module):
+    """Amplitudes of neurons on each ray and inside each cell, which of them are in use, and the angles between t₁ and
+    those inside: by sign, and ray or cell.
     """
-    n = cones.x.shape[0]
-    total = jnp.sum(lam)
-    support = real & (lam**2 > _ACTIVE * mu * total / n)
-    size = jnp.sqrt(jnp.sum(lines**2, axis=1)).reshape(-1)
-    # A product amplitude × slack is μ: active are those whose amplitude is the larger, both on their own scales.
-    held = neurons_held(n)
-    amplitude, index = jax.lax.top_k(size, held)
-    in_use = amplitude**2 > _ACTIVE * mu * total
-    sign, cell = index // (2 * n), index % (2 * n)
-    amplitude = jnp.sqrt(jnp.sum(kept**2, axis=1))[sign, cell]
-    # Across the ray that a projection is on lies a cell with the same z·t, as x̃_i ⊥ t. If its own z is off the ray, by
-    # however little, its h is larger and this one below 1: the neuron belongs there.
-    z = cones.forces(lam * y)
-    place = cones.place(z)
-    h = jnp.sum(cones.project(z, place) ** 2, axis=1)
-    side = jnp.where(place[sign, cell] == 1, -1, 1).astype(cell.dtype)
-    beyond = (cell + side) % (2 * n)
-    goes = in_use & (place[sign, cell] > 0) & allowed[sign, beyond] & (h[sign, beyond] > h[sign, cell])
-    into = goes[None, :] & ((sign * 2 * n + beyond)[None, :] == index[:, None])
-    in_use = (in_use & ~goes) | jnp.any(into, axis=1)
-    amplitude = jnp.where(goes, 0, amplitude) + into.astype(y.dtype) @ amplitude
-    pattern = cones.active(cell).astype(y.dtype) * jnp.where(sign == 0, 1, -1).astype(y.dtype)[:, None] * y[None, :]
 
-    def unit(lam):
-        """‖P z‖ of all cells, and of those in use, with the direction of P z and its place."""
-        z = cones.forces(lam * y)
-        place = cones.place(z)
-        p = cones.project(z, place)
-        every = jnp.sqrt(jnp.sum(p**2, axis=1))
-        h = every[sign, cell]
-        return every, h, p[sign, :, cell].T / jnp.where(h > 0, h, 1)[None], place[sign, cell]
+    on_ray: Float[Array, "2 rays"]
+    inside: Float[Array, "2 cells"]
+    uses_ray: Bool[Array, "2 rays"]
+    uses_cell: Bool[Array, "2 cells"]
+    angle: Float[Array, "2 cells"]
 
-    def columns(e):
-        """y_i s [i ∈ c] e·x̃_i."""
-        return pattern * (e[0][:, None] * cones.x[None, :] + e[1][:, None])
+    @property
+    def amplitudes(self) -> Float[Array, " m"]:
+        return jnp.concatenate([self.on_ray.reshape(-1), self.inside.reshape(-1)])
 
-    def step(lam, amplitude, support, in_use, by_nodes):
+    @property
+    def used(self) -> Bool[Array, " m"]:
+        return jnp.concatenate([self.uses_ray.reshape(-1), self.uses_cell.reshape(-1)])
+
+    def with_(self, amplitudes, used) -> "Neurons":
+        (on_ray, inside), (uses_ray, uses_cell) = amplitudes.reshape(2, 2, -1), used.reshape(2, 2, -1)
+        return Neurons(on_ray, inside, uses_ray, uses_cell, self.angle)
+
+    def settled(self, cones: Cones, allowed, force) -> "Neurons":
+        """Those on rays whose z leads into an allowed cell go inside it, those that have left their cell to its ray."""
+        angle, deep = cones.angles(force)
+        deep = deep & allowed
+        # From a ray: into the cell before it, of which it is the second ray, or after it.
+        after = cones.as_first(deep) & self.uses_ray
+        before = deep & self.uses_ray & ~after
+        enters = before | cones.first(after)
+        gains = jnp.where(before, self.on_ray, 0) + cones.first(jnp.where(after, self.on_ray, 0))
+        angle = jnp.where(enters & ~self.uses_cell, angle, self.angle)
+        to_first = self.uses_cell & ~enters & (angle <= 0)
+        to_second = self.uses_cell & ~enters & (angle >= cones.theta)
+        lost = cones.as_first(jnp.where(to_first, self.inside, 0)) + jnp.where(to_second, self.inside, 0)
+        stays = self.uses_ray & ~(before | after)
+        return Neurons(
+            jnp.where(stays, self.on_ray, 0) + lost,
+            jnp.where(to_first | to_second, 0, self.inside) + gains,
+            stays | cones.as_first(to_first) | to_second,
+            (self.uses_cell & ~(to_first | to_second)) | enters,
+            angle,
+        )
+
+
+def active(cones: Cones, path: Path, shares: Float[Array, "2 2 cells"]) -> Neurons:
+    """The neurons that the end of the barrier shows, with amplitudes as they were in `path.kept`: the last ones, μ over
+    a slack, have lost their digits, and those that are not unique would go astray.
+
+    A product of an amplitude and a slack is μ: active are those whose amplitude is the larger, both on their own
+    scales; so are their `shares` of rays, whose slacks are small in narrow cells.
+    """
+    least = _ACTIVE * path.mu * jnp.sum(path.multipliers)
+    size = jnp.sqrt(shares[0] ** 2 + shares[1] ** 2 + 2 * cones.cos * shares[0] * shares[1])
+    live = size**2 > least
+    inside = live & jnp.all(shares**2 > (least / jnp.minimum(1, 2 * cones.sin))[None], axis=0)
+    first = live & ~inside & (shares[0] >= shares[1])
+    second = live & ~inside & ~first
+    return Neurons(
+        jnp.where(second, path.kept, 0) + cones.as_first(jnp.where(first, path.kept, 0)),
+        jnp.where(inside, path.kept, 0),
+        second | cones.as_first(first),
+        inside,
+        jnp.arctan2(path.inner[1], path.inner[0]) + 0.5 * cones.theta,
+    )
+
+
+def polish(cones: Cones, y, real, allowed, path: Path, shares, rounds) -> Solution:
+    """Newton's method on the equations of the constraints that are active at the end of the barrier."""
+    n, held = cones.x.shape[0], neurons_held(cones.x.shape[0])
+    lam, total = path.multipliers, jnp.sum(path.multipliers)
+    support = real & (lam**2 > _ACTIVE * path.mu * total / n)
+    allowed &= cones.exists
+    rays = allowed | cones.as_first(allowed)
+
+    def rows(neurons: Neurons):
+        """C and C′ of all neurons, as functions of which."""
+        signs = jnp.array([1.0, -1.0], lam.dtype)[:, None, None] * y[None, None]
+        of_rays = (signs * cones.values[None]).reshape(-1, n)
+        first, turned = cones.values[cones.before][None], cones.from_first[None]
+        cos, sin = jnp.cos(neurons.angle)[..., None], jnp.sin(neurons.angle)[..., None]
+        c, turn = (signs * (cos * a + sin * b) for a, b in ((first, turned), (turned, -first)))
+        inside, turn = c.reshape(-1, n), turn.reshape(-1, n)
+        return jnp.concatenate([of_rays, inside]), jnp.concatenate([jnp.zeros_like(of_rays), turn])
+
+    def step(lam, neurons: Neurons, support, by_nodes):
         """Newton's step for the constraints in use."""
-        _, h, e, place = unit(lam)
-        basis = y[:, None] * jnp.where(by_nodes, nodes(cones.x, support), jnp.eye(n, dtype=y.dtype))
-        c = columns(e)
-        lack = (c.T @ amplitude - 1) @ basis
-        # Inside its cell a unit vector turns with z, on a ray it does not.
-        c, turn = c @ basis, columns(jnp.stack([-e[1], e[0]])) @ basis
-        bend = jnp.where(in_use & (place == 0), amplitude / jnp.where(h > 0, h, 1), 0)
-        k = (turn.T * bend[None]) @ turn
-        gaps = jnp.concatenate([lack, h - 1])
+        c, turn = rows(neurons)
+        amplitudes, used = neurons.amplitudes, neurons.used
+        slot = jax.lax.top_k(jnp.where(used, jnp.abs(amplitudes), -1), held)[1]
+        c, turn, amplitude, in_use = c[slot].T, turn[slot].T, amplitudes[slot], used[slot]
+        c, turn = jnp.where(in_use[None], c, 0), jnp.where(in_use[None], turn, 0)
+        along, across = lam @ c, lam @ turn
+        basis = jnp.where(by_nodes, nodes(cones.x, support) * y[:, None], jnp.eye(n, dtype=lam.dtype))
+        bend = jnp.where(in_use, amplitude / jnp.where(along > 0, along, 1), 0)
+        lack = (c @ amplitude - 1 + turn @ (bend * across)) @ basis
+        c, turn = basis.T @ c, basis.T @ turn
+        k = (turn * bend[None]) @ turn.T
         live = jnp.concatenate([support, in_use])
-        upper = jnp.concatenate([k, c.T], axis=1)
-        lower = jnp.concatenate([c, jnp.zeros((held, held), y.dtype)], axis=1)
+        upper = jnp.concatenate([k, c], axis=1)
+        lower = jnp.concatenate([c.T, jnp.zeros((held, held), lam.dtype)], axis=1)
         matrix = jnp.where(live[:, None] & live[None, :], jnp.concatenate([upper, lower]), 0)
         # Forces that change G by 1 or turn z by 1, and amplitudes of the size of all: no entry is far above 1 then.
-        reach = jnp.where(by_nodes, 1, jnp.max(jnp.where(in_use[:, None], c**2, 0), axis=0))
+        reach = jnp.where(by_nodes, 1, jnp.max(c**2, axis=1))
         largest = jnp.maximum(jnp.diag(k), total * jnp.where(support & (reach > 0), reach, 1))
         scale = jnp.concatenate([1 / jnp.sqrt(largest), jnp.full((held,), jnp.sqrt(total))])
-        sign = jnp.concatenate([jnp.ones(n, y.dtype), -jnp.ones(held, y.dtype)])
+        sign = jnp.concatenate([jnp.ones(n, lam.dtype), -jnp.ones(held, lam.dtype)])
         # Margins are rounded: along numbers that nothing fixes, that must not drive λ far.
         loose = jnp.maximum(_PROXIMAL, _LOOSE * jnp.sum(jnp.abs(basis), axis=0))
-        loose = jnp.concatenate([loose, jnp.full((held,), _PROXIMAL, y.dtype)])
+        loose = jnp.concatenate([loose, jnp.full((held,), _PROXIMAL, lam.dtype)])
         damped = scale[:, None] * matrix * scale[None, :] + jnp.diag(jnp.where(live, loose, 1) * sign)
-        change = scale * solver_of_positive_definite(damped)(-scale * jnp.where(live, gaps, 0))
+        gaps = jnp.where(live, jnp.concatenate([lack, jnp.where(in_use, along - 1, 0)]), 0)
+        change = scale * solver_of_positive_definite(damped)(-scale * gaps)
         change = jnp.where(jnp.all(jnp.isfinite(change)), change, 0)
-        return lam + basis @ change[:n], amplitude + change[n:]
+        angles = (across + turn.T @ change[:n]) / jnp.where(along > 0, along, 1)
+        angles = jnp.zeros_like(amplitudes).at[slot].set(jnp.where(in_use, angles, 0))[neurons.on_ray.size :]
+        amplitudes = amplitudes.at[slot].add(change[n:])
+        neurons = neurons.with_(jnp.where(used, amplitudes, 0), used)
+        angle = neurons.angle + angles.reshape(2, -1)
+        # Far beyond its cell means nothing.
+        angle = jnp.clip(angle, -cones.theta, 2 * cones.theta)
+        return lam + basis @ change[:n], eqx.tree_at(lambda s: s.angle, neurons, angle)
 
-    def meet(g, t, free, amplitude, support):
-        """`g` (2, held) with the least change, relative to amplitudes, that puts the margins of `support` at 1.
+    def lines(neurons: Neurons):
+        """By sign, coordinate and cell; on a ray, in a cell that is allowed."""
+        after = cones.as_first(allowed)
+        on_ray = neurons.on_ray[:, None] * cones.rays[None]
+        first, second = jnp.where(after[:, None], on_ray, 0), jnp.where(after[:, None], 0, on_ray)
+        return neurons.inside[:, None] * cones.unit(neurons.angle) + cones.first(first) + second
 
-        Where points of different labels are close, λ are so large that rounding them turns z, and with it N.
-        """
-        # Directions that a line may change in: any inside its cell, along `t` on a ray.
-        first = jnp.where(free[None], jnp.array([1.0, 0], y.dtype)[:, None], t)
-        second = jnp.where(free[None], jnp.array([0, 1.0], y.dtype)[:, None], 0)
-        a = columns(first) * support[None, :].astype(y.dtype), columns(second) * support[None, :].astype(y.dtype)
-        gram = sum(part.T @ (amplitude[:, None] * part) for part in a)
-        scale = 1 / jnp.sqrt(jnp.where(support & (jnp.diag(gram) > 0), jnp.diag(gram), 1))
-        gram = scale[:, None] * gram * scale[None, :]
-        invert = solver_of_positive_definite(gram + jnp.diag(jnp.where(support, _RIDGE, 1)))
-
-        def correct(_, g):
-            lack = jnp.where(support, 1 - jnp.sum(columns(g), axis=0), 0)
-            pull = scale * invert(scale * lack)
-            change = amplitude * (a[0] @ pull), amplitude * (a[1] @ pull)
-            return g + first * change[0][None] + second * change[1][None]
-
-        return jax.lax.fori_loop(0, 3, correct, g)
-
-    def measured(lam, amplitude, support, every_h, e, place):
-        """The solution, with its residual as `Solution` has it."""
-        exact = meet(amplitude[None] * e, e, place == 0, jnp.maximum(amplitude, 0), support)
-        change = exact - amplitude[None] * e
-        small = jnp.max(jnp.abs(change)) <= _ROUNDING * jnp.max(jnp.abs(amplitude))
-        lines = jnp.zeros((2, 2, 2 * n), y.dtype).at[sign, :, cell].set(jnp.where(small, exact, amplitude[None] * e).T)
+    def measured(lam, neurons: Neurons):
+        """The solution, with its residual as `Solution` has it, and its margins."""
+        # Beyond their cell neurons would have other active points.
+        neurons = eqx.tree_at(lambda s: s.angle, neurons, jnp.clip(neurons.angle, 0, cones.theta))
+        c, turn = rows(neurons)
+        amplitudes = neurons.amplitudes
+        q, along, across = amplitudes @ c, c @ lam, turn @ lam
         whole = jnp.sum(lam)
-        root = jnp.sqrt(jnp.where(amplitude > 0, amplitude, jnp.inf) * whole)
-        change = jnp.where(small, change, 0)  # what is not made up for, margins lack
+        root = jnp.sqrt(jnp.maximum(amplitudes, 0) / whole)
+        # On a ray z may be on either side of it, but not inside an allowed cell.
+        deep = allowed & cones.angles(lam * y)[1]
+        first, second = (jnp.where(deep, a, 0) for a in cones.across(lam * y))
+        turned = jnp.concatenate([(cones.as_first(first) + second).reshape(-1), jnp.zeros(4 * n, lam.dtype)])
         parts = (
-            jnp.max(jnp.where(real, 1 - cones.margins(lines, y), 0)),
-            jnp.max(jnp.where(allowed, every_h - 1, 0)),
-            jnp.abs(jnp.sum(amplitude) / whole - 1),
+            jnp.max(jnp.where(real, 1 - q, 0)),
+            jnp.max(jnp.where(allowed, cones.sizes(lam * y) - 1, 0)),
+            jnp.abs(jnp.sum(amplitudes) / whole - 1),
             jnp.max(-lam) / whole,
-            jnp.max(-amplitude) / whole,
-            # What a neuron √|g| (g/|g|, 1) then is off √|g| (z, 1).
-            jnp.max(jnp.abs(change) / root[None]),
+            jnp.max(-amplitudes) / whole,
+            # What a neuron √r (e, 1) is off √r (s z, 1).
+            jnp.max(root * jnp.maximum(jnp.abs(along - 1), jnp.maximum(jnp.abs(across), turned))),
         )
         residual = jnp.max(jnp.stack(parts))
-        return Solution(lam, lines, jnp.where(jnp.isfinite(residual) & (whole > 0), residual, jnp.inf))
+        residual = jnp.where(jnp.isfinite(residual) & (whole > 0), residual, jnp.inf)
+        return Solution(lam, lines(neurons), residual), q
 
     def correct(state):
         """Newton's method, then violated constraints come, and of those that turned out negative the worst goes.
 
         In the first round nothing but measuring: what the barrier left may do.
         """
-        round_, lam, amplitude, support, in_use, best = state
-        lam, amplitude = jnp.where(support | (round_ == 0), lam, 0), jnp.where(in_use, amplitude, 0)
+        round_, lam, neurons, support, best = state
+        lam = jnp.where(support | (round_ == 0), lam, 0)
         steps = jnp.where(round_ == 0, 0, _STEPS)
         # By values of G in turn with λ itself: each finds constraints that the other does not.
-        newton = ft.partial(step, support=support, in_use=in_use, by_nodes=round_ % 2 == 0)
-        lam, amplitude = jax.lax.fori_loop(0, steps, lambda _, s: newton(*s), (lam, amplitude))
-        every_h, h, e, place = unit(lam)
-        q = columns(e).T @ amplitude
-        now = measured(lam, amplitude, support, every_h, e, place)
+        newton = ft.partial(step, support=support, by_nodes=round_ % 2 == 0)
+        lam, neurons = jax.lax.fori_loop(0, steps, lambda _, s: newton(*s), (lam, neurons))
+        now, q = measured(lam, neurons)
         better = (now.residual < best.residual) | (round_ == 0)
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), now, best)
-        worst = jnp.minimum(jnp.minimum(jnp.min(lam), jnp.min(amplitude)), -CERTAIN * total)
-        changed = (
-            real & ((support & (lam > worst)) | (q < 1 - CERTAIN)),
-            (in_use & (amplitude > worst)) | (allowed[sign, cell] & (h > 1 + CERTAIN)),
+        changed = neurons.settled(cones, allowed, lam * y)
+        worst = jnp.minimum(jnp.minimum(jnp.min(lam), jnp.min(changed.amplitudes)), -CERTAIN * total)
+        angle, deep = cones.angles(lam * y)
+        over = cones.sizes(lam * y) > 1 + CERTAIN
+        new_cell = allowed & deep & over & ~changed.uses_cell
+        beside = (allowed & deep) | cones.as_first(allowed & deep)
+        new_ray = rays & ~beside & (cones.on_rays(lam * y) > 1 + CERTAIN)
+        used = changed.used & (changed.amplitudes > worst)
+        used |= jnp.concatenate([new_ray.reshape(-1), new_cell.reshape(-1)])
+        changed = changed.with_(jnp.where(used, changed.amplitudes, 0), used)
+        changed = eqx.tree_at(lambda s: s.angle, changed, jnp.where(new_cell, angle, changed.angle))
+        points = real & ((support & (lam > worst)) | (q < 1 - CERTAIN))
+        support, neurons = jax.tree.map(
+            lambda a, b: jnp.where(round_ == 0, a, b), (support, neurons), (points, changed)
         )
-        support, in_use = jax.tree.map(lambda a, b: jnp.where(round_ == 0, a, b), (support, in_use), changed)
-        return round_ + 1, lam, amplitude, support, in_use, best
+        return round_ + 1, lam, neurons, support, best
 
-    nothing = Solution(jnp.zeros_like(lam), jnp.zeros_like(lines), jnp.full_like(total, jnp.inf))
-    start = (jnp.zeros((), int), lam, amplitude, support, in_use, nothing)
+    nothing = Solution(jnp.zeros_like(lam), jnp.zeros((2, 2, 2 * n), lam.dtype), jnp.full_like(total, jnp.inf))
+    start = (jnp.zeros((), int), lam, active(cones, path, shares), support, nothing)
     *_, best = jax.lax.while_loop(lambda s: (s[-1].residual > CERTAIN) & (s[0] < rounds), correct, start)
     return best
 

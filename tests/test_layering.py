@@ -14,11 +14,11 @@ import gradflow
 PACKAGE = Path(gradflow.__file__).parent
 # A module may import from those before it.
 ORDER = (
-    "length network loss distribution piecewise data teacher sites lift slow clarke origin crossing events rosenbrock "
-    "cones polish program certificate undefined implicit limit outcome hybrid course trace saltation sensitivity flow "
-    "descent closed_form two_switches optimum influence placement theory record trial lane engine statistics archive "
-    "store watch dispatch study claim scaling table design style flow_plot study_plot sweep_plot animation plot "
-    "__main__"
+    "length network loss distribution piecewise data teacher sites lift slow clarke origin crossing events "
+    "rosenbrock cones barrier polish program certificate undefined implicit limit outcome hybrid course trace "
+    "saltation sensitivity flow descent closed_form two_switches optimum influence placement theory record trial "
+    "lane engine statistics archive store watch dispatch study claim scaling table design style flow_plot "
+    "study_plot sweep_plot animation plot __main__"
 ).split()
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 ROOMS = {

@@ -10,6 +10,7 @@ from conic import exact_residual, least_norm_near, least_norm_of_any_width
 from oracles import best_value
 
 import gradflow as gf
+from gradflow.barrier import Path
 from gradflow.cones import Cones
 from gradflow.limit import Candidate, judged, uniqueness
 from gradflow.polish import ROUNDS, nodes, polish
@@ -246,30 +247,43 @@ def test_no_residual_hides_a_neuron_off_the_direction_that_multipliers_give_it()
     assert solved.residual < 1e-11 and gf.kkt_residual(solved.network(x), data, solved.multipliers[:-1]) < 1e-12
 
     cones = Cones(x)
-    z = cones.forces(solved.multipliers * y)
-    p = cones.project(z, cones.place(z))
-    size = jnp.sqrt(jnp.sum(p**2, axis=1))
-    used = [(s, c) for s, c in held.T if size[s, c] > 1 - 1e-9]
-    support = solved.multipliers > 1e-9 * jnp.max(solved.multipliers)
-    signed = {(s, c): np.asarray(cones.active(jnp.array([c]))[0] & support) * (1.0 - 2 * s) * y for s, c in used}
-    e = {(s, c): p[s, :, c] for s, c in used}
-    lengths = np.stack([signed[pair] * (e[pair][0] * x + e[pair][1]) for pair in used])
-    turns = {pair: signed[pair] * (e[pair][0] - e[pair][1] * x) for pair in used}
-    _, values, rows = np.linalg.svd(lengths)
-    free = rows[np.sum(values > 1e-9) :]  # changes of λ that leave all |z| as they are
-    change = np.where(support, free.T @ (free @ np.asarray(turns[1, 19])), 0)
-    # Multipliers that are not unique may leave z a little beside the cell: from there to 1e-9 inside.
-    z19, second = z[1, :, 19], cones.second[:, 19]
-    size = 1e-9 + max(0.0, float(z19[0] * second[1] - z19[1] * second[0]))
-    assert size < 1e-5
-    change *= size / (change @ turns[1, 19])
-    candidates = [solved.multipliers + sign * change for sign in (1, -1)]
-    off = next(lam for lam in candidates if cones.place(cones.forces(lam * y))[1, 19] == 0)  # z is inside the cell
-    assert jnp.all(off[support] > 0) and abs(np.sum(change)) < 1e-3 * size and np.max(np.abs(change)) < 10 * size
+    pairs, turned = list(held.T), np.array([[0, 1.0], [-1.0, 0]])
+    points = {c: np.asarray(cones.active(jnp.array([c]))[0] & real, dtype=float) for c in held[1]}
+    signed = {(s, c): points[c] * (1.0 - 2 * s) * np.asarray(y) for s, c in pairs}
+    lifted = np.stack([np.asarray(x), np.ones(25)])
+    lines, size = np.asarray(solved.lines), np.asarray(cones.sizes(solved.multipliers * y))
+    used = [(s, c) for s, c in pairs if size[s, c] > 1 - 1e-9 and np.any(lines[s, :, c] != 0)]
+    e = {(s, c): lines[s, :, c] / np.linalg.norm(lines[s, :, c]) for s, c in used}
+    support = np.asarray(solved.multipliers > 1e-9 * jnp.max(solved.multipliers))
+    fixed = [signed[pair] * (direction @ lifted) * support for pair, direction in e.items()]
+    inside = np.asarray(cones.angles(solved.multipliers * y)[1])
+    fixed += [signed[pair] * ((turned @ e[pair]) @ lifted) * support for pair in e if inside[pair]]
+    first = np.asarray(cones.first(cones.rays)[:, 19])
+    turn = signed[1, 19] * ((turned @ first) @ lifted) * support  # how λ moves z of cell 19 off its first ray
+    _, values, rows = np.linalg.svd(np.stack(fixed))
+    free = rows[np.sum(values > 1e-9) :]  # changes of λ that leave all z as they are, but for those of rays beside them
+    change = np.where(support, free.T @ (free @ turn), 0)
+    # Multipliers that are not unique may leave z beside the cell: from there to 1e-9 inside.
+    inward = np.stack([cones.from_first[19], cones.from_second[19]]) * -np.asarray(y)
+    depth = inward @ solved.multipliers
+    nearer = int(np.argmin(depth))
+    change *= (1e-9 + max(0.0, -float(depth[nearer]))) / (inward[nearer] @ change)
+    off = solved.multipliers + change
+    assert jnp.all(cones.angles(off * y)[0][1, 19] > 0) and np.min(inward @ off) > 0.9e-9  # z is inside the cell
+    assert jnp.all(off[support] > 0)
+    assert jnp.max(jnp.abs(cones.sizes(off * y) - size)[allowed]) < 1e-12
 
-    start = cones, y, real, allowed, off, 1e-12 * jnp.mean(off), solved.lines, solved.lines
+    # The point of the barrier that would have these λ and the neurons of the solution.
+    amplitude = jnp.sqrt(jnp.sum(solved.lines**2, axis=1))
+    rays = cones.first(cones.rays)
+    along, across = (jnp.sum(solved.lines * t[None], axis=1) for t in (rays, turned @ rays))
+    angle = jnp.arctan2(across, along)
+    shares = amplitude[None] * jnp.stack([jnp.sin(cones.theta - angle), jnp.sin(angle)]) / cones.sin[None]
+    inner = jnp.stack([jnp.cos(angle - cones.theta / 2), jnp.sin(angle - cones.theta / 2)])
+    mu = 1e-12 * jnp.mean(off)
+    path = Path(jnp.asarray(0), off, inner, mu / shares, jnp.ones((2, 50)), mu, jnp.asarray(True), amplitude)
     for rounds in (1, ROUNDS):  # the first one only measures
-        found = jax.jit(polish)(*start, rounds)
+        found = jax.jit(polish)(cones, y, real, allowed, path, shares, rounds)
         seen = gf.kkt_residual(found.network(x), data, found.multipliers[:-1])
         assert seen <= max(10 * found.residual, 1e-12)
     assert found.residual < 1e-11
