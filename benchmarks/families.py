@@ -5,7 +5,7 @@ neurons; `key_of(seed, size, loss, number)` is all that it depends on. A certifi
 weights and multipliers alone, in extended precision. Pieces are kept in a folder, and a run goes on where it stopped.
 
     python benchmarks/families.py --flows 100000     # hours; may be stopped and started again
-    python benchmarks/families.py --finer            # the first tenth again with rtol 1e-9: the same answers?
+    python benchmarks/families.py --flows 100000 --finer   # the first tenth again with rtol 1e-9: the same answers?
     python benchmarks/families.py --quick            # 32 flows, for CI
 
 Not yet run to its end.
@@ -25,12 +25,15 @@ import jax.random as jr
 import numpy as np
 
 import gradflow as gf
+from gradflow.course import Course, default_solvers
+from gradflow.dispatch import group_of, in_threads
+from gradflow.engine import Work
 from gradflow.limit import LIMIT_STATUSES
 from gradflow.outcome import STATUSES
 
-BATCH = 16  # lanes
-PIECE = 320  # flows that are kept at a time
-PASSES = (250, 1_000, 4_000)  # attempts, after which a flow goes on among those that take as long
+LANES = 8  # for each thread
+PIECE = 5_000  # flows in one file
+SAVES = 60.0  # seconds between writing files
 
 
 # ---- laws: every flow draws one of each factor ----
@@ -170,23 +173,53 @@ def draw(size, key):
     return net, gf.Dataset(x, y.astype(x.dtype)).padded(n), picks | {"n": n, "k": k}
 
 
-def trial(size, loss, key, setting):
-    """One flow to its limit: scalars, and what the limit is checked by."""
-    net, data, picks = draw(size, key)
-    rtol, max_steps = setting
-    flow = gf.integrate(net, data, LOSSES[loss](), rtol=rtol, max_steps=max_steps)
-    limit = flow.limit
-    scalars = {
-        "status": flow.status._value,
-        "limit_status": limit.status._value,
-        "attempts": flow.steps + flow.rejected,
-        "time": flow.time,
-        "log_time": flow.log_time,
-        "log_loss": flow.log_loss,
-        "value": limit.value,
-        "residual": limit.residual,
-    }
-    return scalars | picks, (limit.network, limit.multipliers, data)
+class Lane(eqx.Module):
+    """One flow on its way, and which factors it drew; as `gradflow.engine` wants it."""
+
+    picks: dict
+    course: Course
+
+    @classmethod
+    def begin(cls, size, loss, key, rtol, max_steps):
+        net, data, picks = draw(size, key)
+        zero = jnp.zeros_like(rtol)
+        course = Course.begin(net, data, LOSSES[loss](), gf.Until(), rtol, zero, default_solvers(), None, max_steps)
+        return cls(picks, course)
+
+    @property
+    def attempts(self):
+        return self.course.attempts
+
+    @property
+    def waits(self):
+        return self.course.waits
+
+    @property
+    def over(self):
+        return self.course.over
+
+    def idle(self):
+        return eqx.tree_at(lambda lane: lane.course.over, self, jnp.ones_like(self.over))
+
+    def follow(self, attempts):
+        return Lane(self.picks, self.course.follow(attempts))
+
+    def close(self):
+        """The end of a round; and scalars, and what the limit is checked by."""
+        course = self.course.hand_over()
+        flow = course.flow()
+        limit = flow.limit
+        scalars = {
+            "status": flow.status._value,
+            "limit_status": limit.status._value,
+            "attempts": flow.steps + flow.rejected,
+            "time": flow.time,
+            "log_time": flow.log_time,
+            "log_loss": flow.log_loss,
+            "value": limit.value,
+            "residual": limit.residual,
+        }
+        return Lane(self.picks, course), (scalars | self.picks, (limit.network, limit.multipliers, course.data))
 
 
 def key_of(seed, size, loss, number):
@@ -194,40 +227,99 @@ def key_of(seed, size, loss, number):
     return jr.fold_in(jr.fold_in(jr.key(seed), kind), number)
 
 
-@functools.cache
-def program(size, loss):
-    return eqx.filter_jit(eqx.filter_vmap(functools.partial(trial, size, loss), in_axes=(0, None)))
+@eqx.filter_jit
+def begin(size, loss, seed, rtol, max_steps, numbers):
+    keys = jax.vmap(functools.partial(key_of, seed, size, loss))(numbers)
+    return eqx.filter_vmap(lambda key: Lane.begin(size, loss, key, rtol, max_steps))(keys)
 
 
-def run(size, loss, seed, numbers, batch, rtol, max_steps):
-    """Flows of these numbers, as NumPy arrays; those that certify are checked."""
-    columns = []
-    for start in range(0, len(numbers), batch):
-        some = numbers[start : start + batch]
-        padded = np.concatenate([some, np.repeat(some[-1:], batch - len(some))])
-        keys = jax.vmap(functools.partial(key_of, seed, size, loss))(jnp.asarray(padded))
-        scalars, checks = program(size, loss)(keys, (jnp.asarray(rtol), jnp.asarray(max_steps)))
-        scalars, checks = jax.tree.map(np.asarray, (scalars, eqx.filter(checks, eqx.is_array)))
-        rows = [jax.tree.map(operator.itemgetter(row), checks) for row in range(len(some))]
-        independent = [independent_residual(*row) for row in rows]
-        columns.append({n: a[: len(some)] for n, a in scalars.items()} | {"independent": np.array(independent)})
-    return {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+class Kept:
+    """What has become of flows, a file for every `PIECE` of a size and a loss: where one is, and how to go on."""
+
+    possible = 0
+
+    def __init__(self, folder, seed, rtol, max_steps, wanted):
+        """`wanted`: (size, loss) to how many flows."""
+        self.folder, self.seed, self.rtol, self.max_steps = folder, seed, rtol, max_steps
+        self.kinds, self.wanted, self.begun = list(wanted), wanted, time.perf_counter()
+        self.columns, self.dirty, self.saved, self.fresh = {}, set(), self.begun, 0
+        for kind in range(len(self.kinds)):
+            for piece in range(-(-wanted[self.kinds[kind]] // PIECE)):
+                path = self.path(kind, piece)
+                self.columns[kind, piece] = dict(np.load(path)) if path is not None and path.exists() else None
+
+    def path(self, kind, piece):
+        size, loss = self.kinds[kind]
+        name = f"{list(SIZES).index(size)}-{loss}-{self.seed}-{self.rtol:g}-{self.max_steps}-{piece}.npz"
+        return self.folder / name if self.folder is not None else None
+
+    def missing(self, kind):
+        numbers = np.arange(self.wanted[self.kinds[kind]])
+        there = [c["number"] for (other, _), c in self.columns.items() if other == kind and c is not None]
+        return np.setdiff1d(numbers, np.concatenate([*there, np.zeros(0, int)]))
+
+    def work(self, kind, group):
+        size, loss = self.kinds[kind]
+        settings = jnp.asarray(self.seed), jnp.asarray(self.rtol), jnp.asarray(self.max_steps)
+        for some in np.split(missing := self.missing(kind), range(group, missing.size, group)):
+            if some.size:
+                yield Work(kind, some, functools.partial(begin, size, loss, *settings))
+
+    def add(self, kind, numbers, found):
+        scalars, checks = found
+        rows = [jax.tree.map(operator.itemgetter(row), checks) for row in range(numbers.size)]
+        new = scalars | {"number": numbers, "independent": np.array([independent_residual(*row) for row in rows])}
+        for piece in np.unique(numbers // PIECE):
+            mine, old = numbers // PIECE == piece, self.columns[kind, int(piece)]
+            some = {name: np.asarray(column)[mine] for name, column in new.items()}
+            if old is not None:
+                some = {name: np.concatenate([old[name], column]) for name, column in some.items()}
+            self.columns[kind, int(piece)] = some
+            self.dirty.add((kind, int(piece)))
+        self.fresh += numbers.size
+
+    def look(self):
+        now = time.perf_counter()
+        if now - self.saved < SAVES or self.folder is None:
+            return
+        self.saved = now
+        print(f"\r{self.fresh} flows in {now - self.begun:.0f} s", end="", file=sys.stderr, flush=True)
+        self.save()
+
+    def save(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for place in list(self.dirty):
+            self.dirty.discard(place)
+            path, columns = self.path(*place), self.columns[place]
+            part = path.with_suffix(".part.npz")
+            np.savez_compressed(part, **columns)
+            part.replace(path)
+
+    def run(self, kinds, lanes):
+        """All that is missing of some kinds."""
+        try:
+            in_threads([self.work(kind, group_of(lanes)) for kind in kinds], lanes, group_of(lanes), self)
+        finally:
+            if self.folder is not None:
+                self.save()
+
+    def all(self):
+        parts = []
+        for (kind, _), columns in self.columns.items():
+            if columns is not None:
+                order, (size, loss) = np.argsort(columns["number"]), self.kinds[kind]
+                part = {name: column[order] for name, column in columns.items()}
+                parts.append(part | {"size": np.full(order.size, size), "loss": np.full(order.size, loss)})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def run_long(size, loss, seed, numbers, batch, rtol, max_steps):
-    """As `run`, but flows that take long run among themselves: a batch waits for its slowest."""
-    found, long = None, np.arange(len(numbers))
-    for most in (*(steps for steps in PASSES if steps < max_steps), max_steps):
-        again = run(size, loss, seed, numbers[long], batch, rtol, most)
-        if found is None:
-            found = again
-        else:
-            for name, column in again.items():
-                found[name][long] = column
-        long = np.flatnonzero(names(found["status"]) == "step_limit")
-        if not long.size:
-            break
-    return found
+def plan(flows):
+    """How many flows of each size and loss."""
+    return {
+        (size, loss): max(1, round(flows * share / len(LOSSES)))
+        for size, (*_, share) in SIZES.items()
+        for loss in LOSSES
+    }
 
 
 def independent_residual(net, multipliers, data):
@@ -263,40 +355,6 @@ def independent_residual(net, multipliers, data):
 
 def names(status):
     return np.array(STATUSES)[np.asarray(status)]
-
-
-def piece(folder, size, loss, seed, start, count, rtol, max_steps):
-    """Flows `start` … of one size, from the folder if they are there."""
-    label = f"{list(SIZES).index(size)}-{loss}-{seed}-{start}-{count}-{rtol:g}-{max_steps}"
-    path = folder / f"{label}.npz"
-    if not path.exists():
-        found = run_long(size, loss, seed, np.arange(start, start + count), BATCH, rtol, max_steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npz")
-        np.savez(part, **found)
-        part.replace(path)
-    return dict(np.load(path))
-
-
-def plan(flows):
-    """(size, loss, first number, count) of every piece."""
-    for size, (*_, share) in SIZES.items():
-        for loss in LOSSES:
-            wanted = max(1, round(flows * share / len(LOSSES)))
-            for start in range(0, wanted, PIECE):
-                yield size, loss, start, min(PIECE, wanted - start)
-
-
-def collect(args, rtol, flows):
-    parts, begun = [], time.perf_counter()
-    for size, loss, start, count in plan(flows):
-        part = piece(args.folder, size, loss, args.seed, start, count, rtol, args.max_steps)
-        part |= {"number": start + np.arange(count), "size": np.full(count, size), "loss": np.full(count, loss)}
-        parts.append(part)
-        done = sum(p["number"].size for p in parts)
-        print(f"\r{done} of {flows} flows, {time.perf_counter() - begun:.0f} s", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def report(r):
@@ -343,26 +401,41 @@ def compare(r, finer):
         )
 
 
+def same_flows(r, finer):
+    """The rows of both that are of the same flows."""
+    places = [{key: i for i, key in enumerate(zip(a["size"], a["loss"], a["number"], strict=True))} for a in (r, finer)]
+    both = [key for key in places[0] if key in places[1]]
+    return tuple(
+        {name: column[[place[key] for key in both]] for name, column in a.items()}
+        for a, place in zip((r, finer), places, strict=True)
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flows", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-steps", type=int, default=20_000)
-    parser.add_argument("--finer", action="store_true", help="the first tenth with rtol 1e-9 beside 1e-6")
+    parser.add_argument("--finer", action="store_true", help="the first tenth with rtol 1e-9, and compare")
+    parser.add_argument("--show", action="store_true", help="what there is, and run nothing")
+    parser.add_argument("--kind", type=int, help="only this size and loss, 0 to 7")
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/families"))
     parser.add_argument("--quick", action="store_true", help="32 flows of the smallest size")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     if args.quick:
-        size, loss = next(iter(SIZES)), "exponential"
-        found = run_long(size, loss, args.seed, np.arange(32), BATCH, 1e-6, 2_000)
-        report(found | {"number": np.arange(32), "size": np.full(32, size), "loss": np.full(32, loss)})
+        kept = Kept(None, args.seed, 1e-6, 2_000, {(next(iter(SIZES)), "exponential"): 32})
+        kept.run([0], LANES)
+        report(kept.all())
         return
-    flows = max(1, args.flows // 10) if args.finer else args.flows
-    found = collect(args, 1e-6, flows)
-    report(found)
+    everything = Kept(args.folder, args.seed, 1e-6, args.max_steps, plan(args.flows))
+    finer = Kept(args.folder, args.seed, 1e-9, args.max_steps, plan(max(1, args.flows // 10)))
+    if not args.show:
+        kept = finer if args.finer else everything
+        kept.run(range(len(kept.kinds)) if args.kind is None else [args.kind], LANES)
+    report(everything.all())
     if args.finer:
-        compare(found, collect(args, 1e-9, flows))
+        compare(*same_flows(everything.all(), finer.all()))
 
 
 if __name__ == "__main__":

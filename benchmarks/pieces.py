@@ -97,12 +97,15 @@ class Moment(eqx.Module):
         return jnp.eye(root.size) + root[:, None] * gram * root[None, :]
 
     def crossings(self):
-        tolerance = self.problem.tolerance(self.state.pace)
+        tolerance = self.problem.tolerance(self.state.force, self.state.least)
         return look_ahead(self.field, self.nodes, self.start, self.end, self.step, self.state.noise, tolerance)
 
     def decided(self):
-        nobody, tolerance = jnp.zeros(self.state.net.width, bool), self.problem.tolerance(self.state.pace)
-        return update(self.field, self.last, self.end, nobody, nobody, self.state.noise, tolerance)
+        nobody, tolerance = (
+            jnp.zeros(self.state.net.width, bool),
+            self.problem.tolerance(self.state.force, self.state.least),
+        )
+        return update(self.field, self.last, self.end, nobody, nobody, nobody, self.state.noise, tolerance)
 
 
 # What is timed, and how often an attempt does it.

@@ -3,6 +3,7 @@
 A *family* is the missing trials of cells that share compiled programs.
 """
 
+import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import jax.random as jr
 import numpy as np
 
 from gradflow.engine import Engine, Work
+from gradflow.lane import begin
 from gradflow.trial import Slots, Trial
 from gradflow.watch import Watch
 
@@ -66,16 +68,28 @@ def group_of(width: int) -> int:
 
 def locally(families: Sequence[Sequence[Cell]], batch: int | None, watch: Watch) -> None:
     """Run all of it in this process. An exception, in whatever thread, ends the run at the end of a segment."""
-    devices = jax.local_devices()
-    on_cpu = jax.default_backend() == "cpu"
-    # A compiled call lets go of Python's lock, so that threads fill the cores of a CPU; other devices have a queue.
-    count = max(os.cpu_count() or 1, len(devices)) if on_cpu else len(devices)
-    width = lanes([cell for family in families for cell in family], batch, count)
+    width = lanes([cell for family in families for cell in family], batch, threads())
     group = group_of(width)
-    stop, failures = threading.Event(), []
-    queues = [_Shared(_blocks(family, group)) for family in families]
-    gates = [{device: threading.Lock() for device in devices} for _ in families]
-    engines = [Engine(width, group, watch.add, stop) for _ in range(count)]
+    try:
+        in_threads([_blocks(family, group) for family in families], width, group, watch)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise MemoryError(f"the device has no room for {width} trials at once: choose a smaller batch") from error
+        raise
+
+
+def threads() -> int:
+    """How many engines this process has: one a device; a CPU, on which a call lets go of Python's lock, has cores."""
+    devices = len(jax.local_devices())
+    return max(os.cpu_count() or 1, devices) if jax.default_backend() == "cpu" else devices
+
+
+def in_threads(queues: Sequence[Iterator[Work]], width: int, group: int, watch) -> None:
+    """Run all work of each queue, whose lanes share their programs, in engines of so many lanes and one thread each."""
+    devices, stop, failures = jax.local_devices(), threading.Event(), []
+    queues = [_Shared(queue) for queue in queues]
+    gates = [{device: threading.Lock() for device in devices} for _ in queues]
+    engines = [Engine(width, group, watch.add, stop) for _ in range(threads())]
 
     def drive(engine: Engine, device) -> None:
         try:
@@ -89,25 +103,23 @@ def locally(families: Sequence[Sequence[Cell]], batch: int | None, watch: Watch)
             failures.append(error)
             stop.set()
 
-    threads = [
+    running = [
         threading.Thread(target=drive, args=(engine, devices[i % len(devices)])) for i, engine in enumerate(engines)
     ]
-    for thread in threads:
+    for thread in running:
         thread.start()
     try:
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
+        while any(thread.is_alive() for thread in running):
+            for thread in running:
                 thread.join(_POLL)
             watch.possible = sum(engine.possible for engine in engines)
             watch.look()
     finally:
         stop.set()
-        for thread in threads:
+        for thread in running:
             thread.join()
         watch.possible = sum(engine.possible for engine in engines)
     for error in failures:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise MemoryError(f"the device has no room for {width} trials at once: choose a smaller batch") from error
         raise error
 
 
@@ -164,7 +176,7 @@ def _blocks(family: Sequence[Cell], group: int) -> Iterator[Work]:
     for cell in family:
         sizes, values = cell.trial.sizes(cell.slots), cell.trial.values
         for some in _split(cell.numbers, group):
-            yield Work(cell.index, sizes, values, cell.key, some)
+            yield Work(cell.index, some, functools.partial(begin, sizes, values, cell.key))
 
 
 def _split(numbers: np.ndarray, most: int) -> Iterator[np.ndarray]:

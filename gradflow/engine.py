@@ -1,5 +1,8 @@
 """Many trials on one device: a batch of lanes that fresh trials enter as others end.
 
+A lane is whatever module has the properties and methods of `Lane`: `attempts`, `waits`, `over`, `idle`, `follow` and
+`close`.
+
 A *segment* follows all lanes until the rounds of a *group* of them have ended, or for some attempts. Such rounds are
 closed, finished trials taken out, and fresh ones put in their place. What is computed in one lane does not depend
 on the others, nor on where segments end.
@@ -8,43 +11,25 @@ on the others, nor on where segments end.
 import collections
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 
-from gradflow.lane import Lane
-from gradflow.record import Record
-from gradflow.trial import Sizes, Values, draw
-
 SEGMENT = 50  # step attempts
-_drawing = threading.Lock()  # two engines that compile the same draws would do it twice
 
 
 class Work(NamedTuple):
-    """Trials of one cell, by their numbers: at most as many as a group has lanes."""
+    """Trials of one cell, by their numbers: at most as many as a group has lanes, which `begin` makes of them."""
 
     cell: int
-    sizes: Sizes
-    values: Values
-    key: jax.Array
     numbers: np.ndarray
+    begin: Callable[[np.ndarray], eqx.Module]
 
 
 # What an engine compiles. Everything is mapped over lanes.
-
-
-@eqx.filter_jit
-def _draw(sizes: Sizes, values: Values, key, numbers):
-    return jax.vmap(lambda i: draw(sizes, values, jr.fold_in(key, i)))(numbers)
-
-
-@eqx.filter_jit
-def _begin(loss: str, values: Values, drawn):
-    return eqx.filter_vmap(lambda one: Lane.begin(loss, values, *one))(drawn)
 
 
 @eqx.filter_jit
@@ -95,7 +80,7 @@ class Engine:
         self,
         width: int,
         group: int,
-        done: Callable[[int, np.ndarray, Record], None],
+        done: Callable[[int, np.ndarray, Any], None],
         stop: threading.Event,
     ):
         self.width, self.group, self.done, self.stop = width, min(group, width), done, stop
@@ -143,9 +128,7 @@ class Engine:
         while len(self.waiting) < wanted and (one := next(self.work, None)) is not None:
             count = one.numbers.size
             padded = np.pad(one.numbers, (0, self.group - count), mode="edge").astype(np.uint32)
-            with _drawing:
-                drawn = _draw(one.sizes, one.values, one.key, padded)
-            block = _begin(one.sizes.loss, one.values, drawn)
+            block = one.begin(padded)
             self.waiting.extend((one.cell, int(one.numbers[row]), block, row) for row in range(count))
 
     def _fill(self) -> None:

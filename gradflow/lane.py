@@ -4,8 +4,12 @@
 trial can be followed for some attempts at a time, and taken out of the batch when it is over.
 """
 
+import threading
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Bool, Int
 
 from gradflow.course import Course, default_solvers
@@ -17,7 +21,9 @@ from gradflow.optimum import Optimum, max_margin
 from gradflow.outcome import Until
 from gradflow.record import Record, judge
 from gradflow.teacher import Teacher
-from gradflow.trial import Values
+from gradflow.trial import Sizes, Values, draw
+
+_drawing = threading.Lock()  # two threads that compile the same draws would do it twice
 
 
 class Lane(eqx.Module):
@@ -65,3 +71,20 @@ class Lane(eqx.Module):
         course = self.course.hand_over()
         record = judge(self.neurons, self.law, self.teacher, course.data, self.best, self.net, course.flow())
         return eqx.tree_at(lambda lane: lane.course, self, course), record
+
+
+def begin(sizes: Sizes, values: Values, key, numbers) -> Lane:
+    """Trials of one cell by their numbers, one a lane."""
+    with _drawing:
+        drawn = _draw(sizes, values, key, numbers)
+    return _begin(sizes.loss, values, drawn)
+
+
+@eqx.filter_jit
+def _draw(sizes: Sizes, values: Values, key, numbers):
+    return jax.vmap(lambda i: draw(sizes, values, jr.fold_in(key, i)))(numbers)
+
+
+@eqx.filter_jit
+def _begin(loss: str, values: Values, drawn):
+    return eqx.filter_vmap(lambda one: Lane.begin(loss, values, *one))(drawn)
