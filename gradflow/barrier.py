@@ -44,7 +44,8 @@ _RIDGE = 1e-14  # what is below the rounding of a second derivative
 class Path(eqx.Module):
     """A point of the barrier: λ; e, by coordinate, sign and cell; d, by ray, sign and cell; and 1 − |e|². The last two
     are carried along, as they have more digits than the differences that they are. `kept` are the amplitudes ‖g‖ of
-    the last point at which they were precise; `centred` whether μ has begun to fall.
+    the last point at which they were precise; `centred` whether μ has begun to fall. `earlier_multipliers` and
+    `earlier_shares`: λ and μ/d at the end of the last μ, ten times as large.
     """
 
     steps: Int[Array, ""]
@@ -55,6 +56,8 @@ class Path(eqx.Module):
     mu: Float[Array, ""]
     centred: Bool[Array, ""]
     kept: Float[Array, "2 cells"]
+    earlier_multipliers: Float[Array, " n"]
+    earlier_shares: Float[Array, "2 2 cells"]
 
 
 class Response(eqx.Module):
@@ -150,8 +153,18 @@ class Barrier(eqx.Module):
         lam = real * 0.3 / jnp.where(largest > 0, largest, 1)
         slack = jnp.where(self.allowed[None], on_rays - self.forces_on_rays(lam), 1)
         room = jnp.where(self.allowed, 0.5, jnp.ones_like(slack[0]))
-        mu, none = _CENTRE * jnp.max(lam), jnp.zeros_like(room)
-        return Path(jnp.zeros((), int), lam, inner, slack, room, mu, jnp.array(False), none)
+        return Path(
+            steps=jnp.zeros((), int),
+            multipliers=lam,
+            inner=inner,
+            slack=slack,
+            room=room,
+            mu=_CENTRE * jnp.max(lam),
+            centred=jnp.array(False),
+            kept=jnp.zeros_like(room),
+            earlier_multipliers=lam,
+            earlier_shares=jnp.zeros_like(slack),
+        )
 
     def amplitudes(self, path: Path) -> Float[Array, "2 cells"]:
         """‖g‖, by sign and cell."""
@@ -206,14 +219,17 @@ class Barrier(eqx.Module):
         small, precise = path.mu <= accurate * mean, path.mu > _PRECISE * mean
         over = near | (taken == 0)
         centred = path.centred | over  # until then λ may grow by magnitudes, and μ with it
+        falls = over & ~small
         path = Path(
-            path.steps + 1,
-            lam + taken * change,
-            e + taken * of_e,
-            path.slack * (1 + taken * of_d),
-            path.room * (1 - (2 * taken * across + taken**2 * size)),
-            jnp.where(centred, jnp.where(over & ~small, _SHRINK * path.mu, path.mu), _CENTRE * jnp.max(lam)),
-            centred,
-            jnp.where(near & precise, self.amplitudes(path), path.kept),
+            steps=path.steps + 1,
+            multipliers=lam + taken * change,
+            inner=e + taken * of_e,
+            slack=path.slack * (1 + taken * of_d),
+            room=path.room * (1 - (2 * taken * across + taken**2 * size)),
+            mu=jnp.where(centred, jnp.where(falls, _SHRINK * path.mu, path.mu), _CENTRE * jnp.max(lam)),
+            centred=centred,
+            kept=jnp.where(near & precise, self.amplitudes(path), path.kept),
+            earlier_multipliers=jnp.where(falls, lam, path.earlier_multipliers),
+            earlier_shares=jnp.where(falls, self.shares(path), path.earlier_shares),
         )
         return path, over & small

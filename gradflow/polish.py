@@ -24,7 +24,7 @@ from gradflow.cones import Cones, Solution, neurons_held
 CERTAIN = 1e-11  # what Newton's method leaves of a constraint that it meets
 ROUNDS = 13  # in which the active constraints are corrected, at last; but for the first, which measures
 _STEPS = 8  # for one set of active constraints
-_ACTIVE = 30.0
+_STAYS = 0.5  # of what it was at ten times μ: active ones are as they were, others a tenth, and degenerate ones 0.3
 _PROXIMAL = 1e-7
 _LOOSE = 1e-10  # rounding of margins over what it may change a value of G by
 
@@ -75,20 +75,18 @@ class Neurons(eqx.Module):
         )
 
 
-def active(cones: Cones, path: Path, shares: Float[Array, "2 2 cells"]) -> Neurons:
-    """The neurons that the end of the barrier shows, with amplitudes as they were in `path.kept`: the last ones, μ over
-    a slack, have lost their digits, and those that are not unique would go astray.
+def active(cones: Cones, path: Path, shares: Float[Array, "2 2 cells"]) -> tuple[Bool[Array, " n"], Neurons]:
+    """The points and the neurons that the end of the barrier shows: those whose λ and whose `shares` of rays are as
+    they were at ten times μ, on whatever scale; a product of such a number and a slack is μ, and one of both falls
+    with it (El-Bakry, Tapia and Zhang 1994, on indicators).
 
-    A product of an amplitude and a slack is μ: active are those whose amplitude is the larger, both on their own
-    scales; so are their `shares` of rays, whose slacks are small in narrow cells.
+    Amplitudes are as they were in `path.kept`: the last ones, μ over a slack, have lost their digits, and those that
+    are not unique would go astray.
     """
-    least = _ACTIVE * path.mu * jnp.sum(path.multipliers)
-    size = jnp.sqrt(shares[0] ** 2 + shares[1] ** 2 + 2 * cones.cos * shares[0] * shares[1])
-    live = size**2 > least
-    inside = live & jnp.all(shares**2 > (least / jnp.minimum(1, 2 * cones.sin))[None], axis=0)
-    first = live & ~inside & (shares[0] >= shares[1])
-    second = live & ~inside & ~first
-    return Neurons(
+    stays = (shares > _STAYS * path.earlier_shares) & (shares > 0)
+    inside = stays[0] & stays[1]
+    first, second = stays[0] & ~inside, stays[1] & ~inside
+    return path.multipliers > _STAYS * path.earlier_multipliers, Neurons(
         jnp.where(second, path.kept, 0) + cones.as_first(jnp.where(first, path.kept, 0)),
         jnp.where(inside, path.kept, 0),
         second | cones.as_first(first),
@@ -101,7 +99,6 @@ def polish(cones: Cones, y, real, allowed, path: Path, shares, rounds) -> Soluti
     """Newton's method on the equations of the constraints that are active at the end of the barrier."""
     n, held = cones.x.shape[0], neurons_held(cones.x.shape[0])
     lam, total = path.multipliers, jnp.sum(path.multipliers)
-    support = real & (lam**2 > _ACTIVE * path.mu * total / n)
     allowed &= cones.exists
     rays = allowed | cones.as_first(allowed)
 
@@ -218,7 +215,8 @@ def polish(cones: Cones, y, real, allowed, path: Path, shares, rounds) -> Soluti
         return round_ + 1, lam, neurons, support, best
 
     nothing = Solution(jnp.zeros_like(lam), jnp.zeros((2, 2, 2 * n), lam.dtype), jnp.full_like(total, jnp.inf))
-    start = (jnp.zeros((), int), lam, active(cones, path, shares), support, nothing)
+    support, neurons = active(cones, path, shares)
+    start = (jnp.zeros((), int), lam, neurons, real & support, nothing)
     *_, best = jax.lax.while_loop(lambda s: (s[-1].residual > CERTAIN) & (s[0] < rounds), correct, start)
     return best
 

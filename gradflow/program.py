@@ -13,8 +13,9 @@ maximum of u·z over unit u ∈ C_c, that is ‖P_c z‖, P_c the projection to 
 is where the neurons of the cell end up: inside it along ±z_c, or on a ray, with their breakpoint on a data point.
 
 **Method.** The barrier of `barrier.py`, for falling μ. Its slacks lose half of their digits on the way, so the last
-steps are Newton's on the equations h = 1 and q_i = 1 of the constraints that have proved active (`polish.py`). Mostly
-they show at μ = 10⁻⁶ of the mean λ; where what Newton's method then finds is not optimal to 10⁻¹¹, the barrier goes on.
+steps are Newton's on the equations h = 1 and q_i = 1 of the constraints that have proved active (`polish.py`): those
+whose multipliers have not fallen with μ. Mostly they show at μ = 10⁻⁶ of the mean λ; where what Newton's method then
+finds is not optimal to 10⁻¹¹, the barrier goes on.
 """
 
 import jax

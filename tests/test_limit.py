@@ -281,7 +281,9 @@ def test_no_residual_hides_a_neuron_off_the_direction_that_multipliers_give_it()
     shares = amplitude[None] * jnp.stack([jnp.sin(cones.theta - angle), jnp.sin(angle)]) / cones.sin[None]
     inner = jnp.stack([jnp.cos(angle - cones.theta / 2), jnp.sin(angle - cones.theta / 2)])
     mu = 1e-12 * jnp.mean(off)
-    path = Path(jnp.asarray(0), off, inner, mu / shares, jnp.ones((2, 50)), mu, jnp.asarray(True), amplitude)
+    earlier = jnp.where(shares > 1e-9 * amplitude[None], shares, 10 * shares)
+    nowhere = jnp.ones((2, 50))
+    path = Path(jnp.asarray(0), off, inner, mu / shares, nowhere, mu, jnp.asarray(True), amplitude, off, earlier)
     for rounds in (1, ROUNDS):  # the first one only measures
         found = jax.jit(polish)(cones, y, real, allowed, path, shares, rounds)
         seen = gf.kkt_residual(found.network(x), data, found.multipliers[:-1])
