@@ -52,9 +52,10 @@ def from_lines(
     step u(1 + ε), v(1 − ε) instead, ε of the size of the step's error (Hairer, Lubich and Wanner 2006, IV.4: projection
     keeps the order).
     """
-    # A neuron that slides down its ray shrinks for ever, to where squares of squares are 0: it is left as it is.
+    # A neuron that dies shrinks for ever, to where its squares lose their digits: there it is left as it is.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(jnp.stack([net.w, net.b, net.v])), axis=0))
-    vanishes = largest <= 16 * jnp.sqrt(jnp.finfo(largest.dtype).tiny)
+    number = jnp.finfo(largest.dtype)
+    vanishes = largest**2 <= number.tiny / number.eps
     # In units of the largest squares stay in range. Stand-ins keep derivatives finite in the branch that is not taken.
     over = 1 / jnp.where(vanishes, 1, largest)
     w, b, v = (jnp.where(vanishes, 1, a * over) for a in (net.w, net.b, net.v))
