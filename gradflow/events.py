@@ -338,6 +338,9 @@ def update(
     most = jnp.minimum(tolerance.size(net), tolerance.reach(net, points))
     held = (sides.inactive > 0) & (sides.active < 0) & (jnp.abs(near) <= most)
     touching |= (passed & held) | (arrives & (inside < 0) & (jnp.abs(near) <= most))
+    # A kick is as wrong as u_j may be. One that it has put before the ray again would cross it for ever.
+    before = passed & (cell == field.mode.cell)
+    touching |= before & (inside < 0) & (jnp.abs(near) <= tolerance.size(net))
     # Where v passes through 0 a sliding neuron comes off all at once.
     turns = (
         mode.sliding
