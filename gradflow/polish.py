@@ -24,6 +24,7 @@ from gradflow.cones import Cones, Solution, neurons_held
 CERTAIN = 1e-11  # what Newton's method leaves of a constraint that it meets
 ROUNDS = 13  # in which the active constraints are corrected, at last; but for the first, which measures
 _STEPS = 8  # for one set of active constraints
+_LARGE = 30.0  # times what a number is whose slack is, on its own scale, as large
 _STAYS = 0.5  # of what it was at ten times μ: active ones are as they were, others a tenth, and degenerate ones 0.3
 _PROXIMAL = 1e-7
 _LOOSE = 1e-10  # rounding of margins over what it may change a value of G by
@@ -84,6 +85,14 @@ def active(cones: Cones, path: Path, shares: Float[Array, "2 2 cells"]) -> tuple
     are not unique would go astray.
     """
     stays = (shares > _STAYS * path.earlier_shares) & (shares > 0)
+    # Where rays are nearly opposite shares of them cancel, and fall as long as e turns: there the line they make counts,
+    # and which of them are not small.
+    now, earlier = (a[0] ** 2 + a[1] ** 2 + 2 * cones.cos * a[0] * a[1] for a in (shares, path.earlier_shares))
+    small = _LARGE * path.mu * jnp.sum(path.multipliers) / (2 * cones.sin)
+    both = jnp.all(shares**2 > small[None], axis=0)
+    larger = jnp.stack([shares[0] >= shares[1], shares[0] < shares[1]])
+    line = (now > _STAYS**2 * earlier) & (now > 0)
+    stays |= (cones.cos[None] <= 0) & line[None] & (both[None] | larger)
     inside = stays[0] & stays[1]
     first, second = stays[0] & ~inside, stays[1] & ~inside
     return path.multipliers > _STAYS * path.earlier_multipliers, Neurons(
