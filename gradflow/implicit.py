@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gradflow.certificate import CERTIFIED, ON
+from gradflow.certificate import ON, certifies
 from gradflow.data import Dataset
 from gradflow.length import length
 from gradflow.network import ReluNetwork
@@ -116,7 +116,7 @@ def lasts(
     net: ReluNetwork, multipliers: Float[Array, " n"], residual: Float[Array, ""], data: Dataset
 ) -> Bool[Array, ""]:
     """Whether a KKT point, certified to `residual`, stays one of the same kind when the data move a little."""
-    return conditions(net, multipliers, data)[1] & (residual <= CERTIFIED)
+    return conditions(net, multipliers, data)[1] & certifies(residual, net, data)
 
 
 def moved(

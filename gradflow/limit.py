@@ -15,8 +15,8 @@ breakpoints stick, the next cell leads back to the same ray, and changes nothing
 be treated as support vectors; the solution tells which are.
 
 **Certificate.** `kkt_residual` recomputes everything from the network and the multipliers (`certificate.py`). A limit
-is *certified* if that is at most 1e-10, and if the same limit comes from two states of the flow, the later one with ten
-times the ρ² and nearer to it.
+is *certified* if that is at most 1e-10, or what rounding of the limit makes, and if the same limit comes from two
+states of the flow, the later one with ten times the ρ² and nearer to it.
 
 **Uniqueness.** Amplitudes need not be unique: a bend may be shared between a left- and a right-facing neuron. They can
 move along the null space of the neurons' values at the support vectors; whether that moves N* too, values at all
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.certificate import CERTIFIED, kkt_residual
+from gradflow.certificate import CERTIFIED, certifies, kkt_residual
 from gradflow.clarke import Points, active_cell, find_cell, inactive_cell
 from gradflow.cones import Cones, Solution, neurons_held, spaced
 from gradflow.data import Dataset
@@ -67,8 +67,8 @@ class LimitStatus(eqx.Enumeration):
         "if it has stalled, take it as training that failed."
     )
     not_stationary = (
-        "The program's solution misses the KKT conditions by more than 1e-10: integrate to a lower loss and try again. "
-        "(Or these are not the data that the flow was of.)"
+        "The program's solution misses the KKT conditions by more than 1e-10 and than rounding: integrate to a lower "
+        "loss and try again. (Or these are not the data that the flow was of.)"
     )
     not_settled = (
         "Two states of the flow, with ρ² ten times apart, gave different limits: integrate to a lower loss and try "
@@ -150,7 +150,7 @@ def on_data(found: Limit, data: Dataset) -> Limit:
     says that it is none.
     """
     residual = kkt_residual(found.network, data, found.multipliers)
-    holds = (residual <= CERTIFIED) | ~found.certified
+    holds = certifies(residual, found.network, data) | ~found.certified
     status = LimitStatus.where(holds, found.status, LimitStatus.not_stationary)
     return eqx.tree_at(lambda f: (f.residual, f.status), found, (jnp.where(holds, found.residual, residual), status))
 
@@ -203,7 +203,7 @@ def judged(before: Candidate, now: Candidate, separated: Bool[Array, ""], data: 
     status = LimitStatus.where(amplitudes, LimitStatus.certified, LimitStatus.certified_function)
     status = LimitStatus.where(function, status, LimitStatus.not_unique)
     status = LimitStatus.where(agrees, status, LimitStatus.not_settled)
-    status = LimitStatus.where(now.residual <= CERTIFIED, status, LimitStatus.not_stationary)
+    status = LimitStatus.where(certifies(now.residual, now.network, data), status, LimitStatus.not_stationary)
     status = LimitStatus.where(separated, status, LimitStatus.not_separated)
     resolution = _RESOLUTION * (jnp.max(data.x) - jnp.min(data.x))
     return Limit(now.network, now.multipliers, value, now.residual, resolution, disagreement, status)
@@ -263,14 +263,16 @@ def candidate(net: ReluNetwork, sliding: Float[Array, " k"], data: Dataset, want
     points = Points(data)
     first, *larger = (size for size in _SIZES if size < data.x.shape[0] or size == _SIZES[0])
     found = _candidate(net, sliding, data, points, first, wanted)
+
+    def fails(pair):
+        wanted, found = pair
+        return wanted & ~certifies(found.residual, found.network, data)
+
     for size in larger:
         # A loop, as `cond` would run under vmap for lanes that need it and lanes that do not.
         found = jax.lax.while_loop(
-            lambda pair: pair[0] & ~(pair[1].residual <= CERTIFIED),
-            lambda pair, size=size: (
-                jnp.array(False),
-                _candidate(net, sliding, data, points, size, pair[0] & ~(pair[1].residual <= CERTIFIED)),
-            ),
+            fails,
+            lambda pair, size=size: (jnp.array(False), _candidate(net, sliding, data, points, size, fails(pair))),
             (wanted, found),
         )[1]
     return found
