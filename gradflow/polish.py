@@ -85,8 +85,8 @@ def active(cones: Cones, path: Path, shares: Float[Array, "2 2 cells"]) -> tuple
     are not unique would go astray.
     """
     stays = (shares > _STAYS * path.earlier_shares) & (shares > 0)
-    # Where rays are nearly opposite shares of them cancel, and fall as long as e turns: there the line they make counts,
-    # and which of them are not small.
+    # Where rays are nearly opposite shares of them cancel, and fall as long as e turns: there the line that they make
+    # counts, and which of them are not small.
     now, earlier = (a[0] ** 2 + a[1] ** 2 + 2 * cones.cos * a[0] * a[1] for a in (shares, path.earlier_shares))
     small = _LARGE * path.mu * jnp.sum(path.multipliers) / (2 * cones.sin)
     both = jnp.all(shares**2 > small[None], axis=0)
