@@ -160,3 +160,32 @@ def test_a_neuron_comes_off_its_point_by_a_small_angle():
     x, y = np.linspace(-1, 1, 9), [1, -1, 1, -1, -1, -1, 1, 1, -1]
     flow = gf.integrate(gf.ReluNetwork(w, b, v), gf.Dataset(x, y))
     assert flow.status == gf.Status.certified and flow.limit.residual < 1e-12
+
+
+ENDS = {
+    "neurons_that_die_from_a_tiny_start": gf.Status.stalled,
+    "a_kick_that_falls_short": gf.Status.stalled,
+    "steep_data": gf.Status.certified,
+    "flat_data": gf.Status.certified,
+    "steep_data_and_large_weights": gf.Status.certified,
+    "two_labels_close_together": gf.Status.certified,
+}
+
+
+def test_flows_of_families_that_were_unresolved_are_not():
+    """One of each kind that `benchmarks/families.py` left unresolved, at the sizes of its batches."""
+    drawn = [case(name) for name in ENDS]
+    nets = [jax.tree.map(lambda a: jnp.pad(a, (0, 12 - a.size)), net) for net, _ in drawn]
+    samples = [
+        gf.Dataset(*(jnp.pad(a, (0, 12 - a.size), "edge") for a in (data.x, data.y))).padded(data.x.size)
+        for _, data in drawn
+    ]
+    net, data = (jax.tree.map(lambda *some: jnp.stack(some), *rows) for rows in (nets, samples))
+    flow = jax.jit(jax.vmap(lambda net, data: gf.integrate(net, data, max_steps=6_000)))(net, data)
+    for row, (name, status) in enumerate(ENDS.items()):
+        one = jax.tree.map(lambda a, row=row: a[row], flow)
+        assert one.status == status, name
+        assert attempts(one) < 5_000 and np.isfinite(one.log_time), name
+        if status == gf.Status.certified:
+            exact = gf.kkt_residual(one.limit.network, samples[row], one.limit.multipliers)
+            assert exact <= max(1e-10, 4e-16 * one.limit.value * float(jnp.max(jnp.hypot(1, samples[row].x)))), name
