@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from gradflow import engine
+from gradflow import lane
 from gradflow.archive import VARIABLES
 from gradflow.record import Record
 from gradflow.trial import Trial
@@ -62,12 +62,12 @@ class FakeLane(eqx.Module):
         return ~self.over & (self.attempts >= self.needs)
 
     def idle(self):
-        return eqx.tree_at(lambda lane: lane.over, self, jnp.ones_like(self.over))
+        return eqx.tree_at(lambda one: one.over, self, jnp.ones_like(self.over))
 
     def follow(self, attempts):
         TRACES.programs.append(self.net.shape[0])
         now = jnp.where(self.over, self.attempts, jnp.minimum(self.attempts + attempts, self.needs))
-        return eqx.tree_at(lambda lane: lane.attempts, self, now)
+        return eqx.tree_at(lambda one: one.attempts, self, now)
 
     def close(self):
         outcome = {}
@@ -75,12 +75,12 @@ class FakeLane(eqx.Module):
             real = self.bits[i].astype(self.scale.dtype) / 2**32 * self.scale
             outcome[name] = real if kind is np.float64 else (self.bits[i] % 3).astype(kind)
         outcome |= {"steps": self.attempts.astype(np.int32), "rejected": jnp.zeros((), np.int32)}
-        return eqx.tree_at(lambda lane: lane.over, self, self.over | self.waits), Record(**outcome)
+        return eqx.tree_at(lambda one: one.over, self, self.over | self.waits), Record(**outcome)
 
 
 def install():
     """In a worker process."""
-    engine.draw, engine.Lane = draw, FakeLane
+    lane.draw, lane.Lane = draw, FakeLane
 
 
 @pytest.fixture
@@ -88,8 +88,8 @@ def traces(monkeypatch):
     """Puts the stand-in in place of the trial's draws and lanes, and lists their traces."""
     TRACES.clear()
     TRACES.programs.clear()
-    monkeypatch.setattr(engine, "draw", draw)
-    monkeypatch.setattr(engine, "Lane", FakeLane)
+    monkeypatch.setattr(lane, "draw", draw)
+    monkeypatch.setattr(lane, "Lane", FakeLane)
     return TRACES
 
 

@@ -114,7 +114,7 @@ def compare(seed, time, count, **sizes):
     return errors, np.asarray(unsure) <= 1e-6, int(events)
 
 
-@pytest.mark.parametrize("seed, time", [(0, 0.02), (1, 20.0)])
+@pytest.mark.parametrize("seed, time", [pytest.param(0, 0.02, marks=pytest.mark.slow), (1, 20.0)])
 def test_derivatives_agree_with_differences_of_flows(seed, time):
     errors, told, events = compare(seed, time, 6)
     assert told.all() and errors.max() <= 1e-6
