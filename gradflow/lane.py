@@ -73,7 +73,7 @@ class Lane(eqx.Module):
         return eqx.tree_at(lambda lane: lane.course, self, course), record
 
 
-def begin(sizes: Sizes, values: Values, key, numbers) -> Lane:
+def begin(sizes: Sizes, values: Values, key, numbers) -> eqx.Module:
     """Trials of one cell by their numbers, one a lane."""
     with _drawing:
         drawn = _draw(sizes, values, key, numbers)
