@@ -7,8 +7,8 @@ Knows nothing of flows, cells or programs.
 **Rounding.** A network with margins 1 whose weights are rounded to float64, by u = 2⁻⁵³ of themselves, has margins that
 are wrong by up to 3 u Σ_j |v_j| ‖u_j‖ ‖x̃_i‖ = 3 u ½‖θ‖² ‖x̃_i‖ if it is balanced, and rounded multipliers, Σ λ_i =
 ½‖θ‖², put Σ λ_i ∂q_i wrong by up to u ½‖θ‖² max ‖x̃_i‖ of ‖θ‖. That is 1e-14 as a rule. But between two labels in a
-distance δ a network climbs by 2, so that ½‖θ‖² ≥ 2/δ: at δ = 10⁻⁶ a KKT point rounded to float64 has a residual of some
-10⁻¹⁰, and nothing in float64 has less.
+distance δ a network climbs by 2, so that ½‖θ‖² ≥ 2/δ: at δ = 10⁻⁶ a KKT point rounded to float64 may have a residual
+of some 10⁻¹⁰. So much is allowed for, but never more than 10⁻⁹: the bound grows with the very norm that it certifies.
 """
 
 import jax
@@ -21,6 +21,7 @@ from gradflow.length import length
 from gradflow.network import ReluNetwork
 
 CERTIFIED = 1e-10  # largest relative residual of a certified limit, but for rounding of the limit itself
+_MOST = 1e-9  # that rounding may make of it
 _ROUNDING = float(np.finfo(np.float64).eps)  # 2 u
 ON = 1e-11  # |u·x̃| over ‖u‖ ‖x̃‖ up to which a breakpoint is on a point: rounding
 
@@ -81,8 +82,8 @@ def kkt_residual(net: ReluNetwork, data: Dataset, multipliers=None) -> Float[Arr
 
 
 def certifies(residual: Float[Array, ""], net: ReluNetwork, data: Dataset) -> Bool[Array, ""]:
-    """Whether a network with minimum margin 1 and this `kkt_residual` is a KKT point, up to 1e-10 or, if that is more,
-    the rounding of the KKT point itself (see above).
+    """Tell whether a network with minimum margin 1 and this `kkt_residual` is a KKT point, up to 1e-10 or, if that is
+    more, the rounding of the KKT point itself, at most 1e-9 (see above).
     """
     reach = jnp.max(jnp.hypot(1, data.x))
-    return residual <= jnp.maximum(CERTIFIED, _ROUNDING * 0.5 * net.squared_norm * reach)
+    return residual <= jnp.clip(_ROUNDING * 0.5 * net.squared_norm * reach, CERTIFIED, _MOST)
